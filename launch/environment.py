@@ -1,0 +1,79 @@
+"""The variables that every process of a step gets. Secrets are inherited, never listed here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from launch.devices import cpu_cores
+from launch.spec import PROJECT_ROOT, Placement
+from rlhf.config.names import DEFAULT_ENDPOINT
+from rlhf.config.schema import RunConfig
+
+HUB_VARIABLES = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE")
+
+
+def child_environment(
+    config: RunConfig, placement: Placement, environ: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """(variables to set, variables to remove) for a step's launcher and all its processes."""
+    environ = os.environ if environ is None else environ
+    paths = [str(PROJECT_ROOT), environ.get("PYTHONPATH", "")]
+    env = {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    unset: list[str] = []
+    if placement.accelerator == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"  # else deepspeed warns in every process that it found no GPU
+        env["OMP_NUM_THREADS"] = str(threads(config, placement, environ))
+    elif config.launch.threads is not None:
+        env["OMP_NUM_THREADS"] = str(config.launch.threads)
+    _devices(config, placement, env, unset, environ)
+    hub_env, hub_unset = hub_environment(config, environ)
+    return {**env, **hub_env}, [*unset, *hub_unset]
+
+
+def threads(config: RunConfig, placement: Placement, environ: Mapping[str, str]) -> int:
+    """CPU threads per process: as set, else the environment's, else 1 or all cores."""
+    if config.launch.threads is not None:
+        return config.launch.threads
+    if environ.get("OMP_NUM_THREADS", "").isdigit():
+        return int(environ["OMP_NUM_THREADS"])
+    return 1 if placement.per_node > 1 else cpu_cores()
+
+
+def hub_environment(
+    config: RunConfig, environ: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The hub's variables: huggingface_hub and datasets read them when they are imported."""
+    env: dict[str, str] = {}
+    unset: list[str] = []
+    endpoint = config.hub.endpoint
+    if endpoint:
+        env["HF_ENDPOINT"] = endpoint
+        if endpoint != DEFAULT_ENDPOINT and "HF_HUB_DISABLE_XET" not in environ:
+            env["HF_HUB_DISABLE_XET"] = "1"  # xet fetches from elsewhere, past the mirror
+    elif "HF_ENDPOINT" in environ:
+        unset.append("HF_ENDPOINT")  # an empty one breaks `datasets`
+    if config.hub.offline:
+        env["HF_HUB_OFFLINE"] = "1"
+    return env, unset
+
+
+def _devices(
+    config: RunConfig,
+    placement: Placement,
+    env: dict[str, str],
+    unset: list[str],
+    environ: Mapping[str, str],
+) -> None:
+    if placement.multi_node or placement.accelerator == "cpu":
+        return
+    numbers = next(iter(placement.hosts.values()))
+    if config.launch.launcher == "torchrun":
+        if not placement.any_devices:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, numbers))
+    elif environ.get("CUDA_VISIBLE_DEVICES"):
+        unset.append("CUDA_VISIBLE_DEVICES")  # its devices are in the launcher's --include

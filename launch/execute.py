@@ -1,0 +1,118 @@
+"""Launching one step of the plan and proving its result."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from launch import failure
+from launch.gate import KINDS, STEP_NAMES
+from launch.plan import StepPlan
+from launch.ports import free_port, port_problem
+from launch.records import record_step
+from launch.spec import LaunchSpec
+from launch.supervise import Outcome, supervise
+from rlhf.errors import ArtifactError, RequirementError
+from rlhf.store import MANIFEST, Manifest, RunDir, verify
+
+
+class Interrupted(Exception):
+    """The user ended the run; the step's processes have ended too."""
+
+
+def launch(run: RunDir, item: StepPlan, extra_env: dict[str, str]) -> Outcome:
+    """Runs the step's processes to their end. Raises Interrupted."""
+    spec = refresh_port(replace(item.spec, env={**item.spec.env, **extra_env}))
+    logs = run.logs(item.step)
+    logs.mkdir(parents=True, exist_ok=True)
+    record_step(run, item, spec)
+    failure.clear_records(logs)
+    log = logs / "console.log"
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.argv}\n")
+    outcome = supervise(spec, log, on_interrupt=lambda: say_interrupted(item.step))
+    if outcome.interrupted:
+        raise Interrupted(f"step {item.step} was interrupted; its processes have ended")
+    return outcome
+
+
+def say_interrupted(step: int) -> None:
+    """Called in a signal handler: writes past Python's buffers, which may be in use."""
+    text = f"\ninterrupted: step {step} is told to stop (again: stop it at once)\n"
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def refresh_port(spec: LaunchSpec) -> LaunchSpec:
+    """A port that was chosen when the plan was made may be taken by now."""
+    for position, argument in enumerate(spec.argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--master_port", "--master-port") and equals and port_problem(int(value)):
+            argv = [*spec.argv]
+            argv[position] = f"{name}={free_port()}"
+            return replace(spec, argv=argv)
+    return spec
+
+
+def stamp(run: RunDir, step: int) -> tuple[int, int] | None:
+    """What changes whenever an artifact is published: its manifest's inode and time."""
+    path = run.step_dir(step) / "artifact" / MANIFEST
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def prove_result(
+    run: RunDir, item: StepPlan, before: tuple[int, int] | None, outcome: Outcome
+) -> Manifest:
+    """The manifest that this launch published; an exit code alone proves nothing.
+
+    Raises StepFailed, or the ConfigError or RequirementError that a rank recorded.
+    """
+    step, logs = item.step, run.logs(item.step)
+    artifact = run.step_dir(step) / "artifact"
+    problem = ""
+    manifest = None
+    try:
+        manifest = verify(artifact, KINDS[step])
+        if stamp(run, step) == before:
+            problem, manifest = f"{artifact} is that of an earlier run, none was published", None
+    except ArtifactError as error:
+        problem = str(error)
+    if manifest is None or failure.read_records(logs):
+        raise failure.explain(step, outcome, logs, problem)
+    return manifest
+
+
+def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str:
+    """One or two lines about a finished step."""
+    text = (
+        f"step {item.step} done: {STEP_NAMES[item.step]} artifact {manifest.id[:12]}, "
+        f"{outcome.seconds:.0f} s"
+    )
+    if outcome.code != 0:
+        # The artifact was published and verifies; what died afterwards cost nothing.
+        text += f"\nwarning: after publishing, {failure.ending(outcome.code)}; see {outcome.log}"
+    return text
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One driver per run directory. Raises RequirementError if another one works in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequirementError(
+                f"{directory}: another train.py is working in this run directory: wait for it to "
+                "end, or choose another --name"
+            ) from error
+        yield

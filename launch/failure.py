@@ -1,0 +1,149 @@
+"""Why a step failed, for a person: what the ranks recorded, the log's end, what to change."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.supervise import Outcome
+from rlhf.errors import ConfigError, RequirementError, StepFailed, UserError
+
+TAIL_LINES = 20
+_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|can't allocate memory|cannot allocate memory|\bMemoryError\b",
+    re.IGNORECASE,
+)
+_KILLED = re.compile(r"Signal 9 \(SIGKILL\)|return code = -9|exitcode\s*: -9")
+_MEMORY_KEYS = {
+    1: ("step1.train.micro_batch_size", "step1.model", "--actor-zero-stage", "step1.engine"),
+    2: ("step2.train.micro_batch_size", "step2.model", "--reward-zero-stage", "step2.engine"),
+    3: ("step3.micro_batch_size", "step3.actor.model", "--actor-zero-stage", "step3.actor.engine"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rank wrote about its failure (logs/rankK.failure.json)."""
+
+    rank: int
+    phase: str
+    type: str
+    message: str
+    remedy: str
+    traceback: str
+    exit_code: int
+
+
+def clear_records(logs: Path) -> None:
+    """Removes the records of an earlier launch."""
+    for path in logs.glob("rank*.failure.json"):
+        path.unlink()
+
+
+def read_records(logs: Path) -> list[Record]:
+    """The ranks' records, lowest rank first; one that is cut short is passed over."""
+    found: list[Record] = []
+    for path in sorted(logs.glob("rank*.failure.json")):
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found.append(
+                Record(
+                    rank=int(content.get("rank", 0)),
+                    phase=str(content.get("phase") or ""),
+                    type=str(content.get("type") or ""),
+                    message=str(content.get("message") or ""),
+                    remedy=str(content.get("remedy") or ""),
+                    traceback=str(content.get("traceback") or ""),
+                    exit_code=int(content.get("exit_code") or 1),
+                )
+            )
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # its rank died while writing; the log's end is shown anyway
+    return sorted(found, key=lambda record: record.rank)
+
+
+def explain(step: int, outcome: Outcome, logs: Path, problem: str = "") -> UserError:
+    """The error to raise for a step without a verified artifact.
+
+    `problem`: what the artifact's verification said. A rank's own user error (bad config, missing
+    requirement) is shown alone and keeps its exit code.
+    """
+    records = read_records(logs)
+    for record in records:
+        if record.exit_code in (2, 3):
+            kind = ConfigError if record.exit_code == 2 else RequirementError
+            return kind(_with_remedy(f"step {step}: {record.message}", record.remedy))
+    output = outcome.output()
+    lines = [f"step {step} failed: {ending(outcome.code)}"]
+    lines += [f"  | {line}" for line in last_lines(output)]
+    for record in _first_of_each(records):
+        phase = f" in {record.phase}" if record.phase else ""
+        lines.append(f"rank {record.rank}{phase}: {record.type}: {record.message}")
+    if outcome.code == 0:
+        lines.append(f"it reported success, but its artifact does not verify: {problem}")
+    lines.append(f"Remedy: {remedy(step, outcome, records, output)}")
+    lines.append(f"The whole log: {outcome.log}")
+    return StepFailed("\n".join(lines))
+
+
+def ending(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"its processes ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"its processes were ended by {name}"
+
+
+def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> str:
+    """What to change: known causes by their settings, else what the rank advised."""
+    said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
+    killed = outcome.code == -signal.SIGKILL or (not records and _KILLED.search(output))
+    if killed or _MEMORY.search(said):
+        return memory_remedy(step, bool(killed))
+    for record in records:
+        if record.remedy:
+            return record.remedy
+    if "EADDRINUSE" in said or "Address already in use" in said:
+        return "another program took the port meanwhile: run the command again"
+    return "see the error above; the same command starts the step again"
+
+
+def memory_remedy(step: int, killed: bool) -> str:
+    """The settings that lower memory, cheapest first."""
+    micro, model, zero, engine = _MEMORY_KEYS[step]
+    why = (
+        "killed from outside (most often: the machine ran out of memory)"
+        if killed
+        else ("out of memory")
+    )
+    rollout = " or step3.rollout.batch_size" if step == 3 else ""
+    return (
+        f"{why}. Lower {micro}{rollout} (the optimiser's batch stays the same), set "
+        f"{model}.gradient_checkpointing=true, use LoRA ({model}.lora.rank=16), or shard over more "
+        f"processes ({zero} 2 or 3, with {engine}.offload=cpu if need be)"
+    )
+
+
+def last_lines(output: str, count: int = TAIL_LINES) -> list[str]:
+    """The last lines as a terminal would show them: of a progress line, its last state."""
+    shown = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in output.split("\n")]
+    return [line for line in shown if line][-count:]
+
+
+def _first_of_each(records: Iterable[Record]) -> list[Record]:
+    firsts: dict[tuple[str, str], Record] = {}
+    for record in records:
+        firsts.setdefault((record.type, record.message), record)
+    return list(firsts.values())
+
+
+def _with_remedy(message: str, advice: str) -> str:
+    return f"{message}\n{advice}" if advice and advice not in message else message

@@ -1,0 +1,116 @@
+"""Runs a command and makes sure that nothing of it stays behind. Standard library only.
+
+    python guard.py DRIVER_PID GRACE_SECONDS COMMAND...
+
+The driver starts this in a session of its own. On SIGTERM or SIGINT, when the driver dies in any
+way, and when the command has ended, every process below is told to stop, and killed after the grace
+period. A launcher's workers are found even where they made sessions of their own (torchrun) or
+outlived their launcher (deepspeed): as a child subreaper the guard inherits them.
+Exits with the command's code, or 128 + the signal that ended it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux only; elsewhere the process group is all that is known."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def descendants(root: int) -> list[int]:
+    """Pids of all processes below `root`, from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as stream:
+            # "pid (name) state ppid ...": the name may hold spaces and brackets
+            parent = int(stream.read().rpartition(b")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry))
+    found: list[int] = []
+    pending = [root]
+    while pending:
+        below = children.get(pending.pop(), [])
+        found += below
+        pending += below
+    return found
+
+
+def signal_all(number: int) -> None:
+    """Sends a signal to every process below this one."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def reap(main: int, code: int | None) -> tuple[int | None, bool]:
+    """Collects ended children: (the command's exit code if known, are there children left)."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return code, False
+        if pid == 0:
+            return code, True
+        if pid == main:
+            code = os.waitstatus_to_exitcode(status)
+
+
+def start(command: list[str]) -> int:
+    """Starts the command with default signals; it is told to end should the guard be killed."""
+
+    def in_child() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS | {signal.SIGCHLD})
+
+    return subprocess.Popen(command, preexec_fn=in_child).pid
+
+
+def main(argv: list[str]) -> int:
+    driver, grace, command = int(argv[1]), float(argv[2]), argv[3:]
+    awaited = STOP_SIGNALS | {signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != driver:  # it died before the line above
+        return 128 + signal.SIGTERM
+    try:
+        child = start(command)
+    except OSError as error:
+        print(f"{command[0]}: cannot be started: {error}", file=sys.stderr)
+        return 127
+    code: int | None = None
+    deadline: float | None = None
+    while True:
+        code, left = reap(child, code)
+        if not left:
+            break
+        now = time.monotonic()
+        if code is not None and deadline is None:  # it ended; what it started must end too
+            signal_all(signal.SIGTERM)
+            deadline = now + grace
+        if deadline is not None and now >= deadline:
+            signal_all(signal.SIGKILL)
+        wait = 3600.0 if deadline is None else min(0.2, max(0.01, deadline - now))
+        received = signal.sigtimedwait(awaited, wait)
+        if received is not None and received.si_signo in STOP_SIGNALS:
+            signal_all(signal.SIGTERM)
+            # A second request means: now.
+            deadline = time.monotonic() + (grace if deadline is None else 0)
+    if code is None:
+        return 128 + signal.SIGKILL
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

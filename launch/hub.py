@@ -1,0 +1,96 @@
+"""Is the hub needed, and does it answer? Asked before torch is even loaded, with a short limit."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf.config.names import DEFAULT_ENDPOINT, is_hub_dataset, is_hub_model
+from rlhf.errors import RequirementError
+
+TIMEOUT_SECONDS = 5.0
+
+
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Where huggingface_hub keeps downloads (its HF_HUB_CACHE and HF_HOME rules)."""
+    environ = os.environ if environ is None else environ
+    if chosen := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(chosen).expanduser()
+    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(home).expanduser() / "hub"
+
+
+def is_cached(kind: str, name: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Has some version of a model (`models`) or data set (`datasets`) been downloaded?"""
+    folder = cache_directory(environ) / f"{kind}--{name.replace('/', '--')}" / "snapshots"
+    return folder.is_dir() and any(any(version.iterdir()) for version in folder.iterdir())
+
+
+def needed(models: list[str], data: list[str]) -> list[tuple[str, str]]:
+    """("models" | "datasets", id) of everything that comes from a hub, each once."""
+    ids = [("models", name) for name in models if is_hub_model(name)]
+    ids += [("datasets", name) for name in data if is_hub_dataset(name)]
+    return list(dict.fromkeys(ids))
+
+
+def problem(endpoint: str, timeout: float = TIMEOUT_SECONDS) -> str | None:
+    """Why the hub at `endpoint` cannot be used; None if it answers. Takes `timeout` at most."""
+    answer: list[str | None] = []
+    # A thread, since a name server that does not answer keeps to no timeout.
+    asking = threading.Thread(target=lambda: answer.append(_ask(endpoint, timeout)), daemon=True)
+    asking.start()
+    asking.join(timeout)
+    return answer[0] if answer else f"no answer within {timeout:g} s"
+
+
+def _ask(endpoint: str, timeout: float) -> str | None:
+    import ssl  # these three cost a dry run more than they are worth to it
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(f"{endpoint}/api/models?limit=1", method="GET")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"it answers HTTP {error.code}" if error.code >= 500 else None
+    except urllib.error.URLError as error:
+        # The clients bring their own certificates: what fails here may work there.
+        return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
+    except (OSError, ValueError) as error:
+        return str(error) or type(error).__name__
+
+
+def check_hub(
+    models: list[str], data: list[str], endpoint: str | None, offline: bool
+) -> tuple[bool, str]:
+    """(work offline, a line to print). Raises RequirementError if something cannot be had.
+
+    A blocked hub is found in seconds; left to the clients it takes half a minute for each file.
+    """
+    ids = needed(models, data)
+    if not ids:
+        return offline, ""
+    missing = [(kind, name) for kind, name in ids if not is_cached(kind, name)]
+    names = ", ".join(name for _, name in missing or ids)
+    if offline and missing:
+        raise RequirementError(
+            f"offline, and {names} has not been downloaded to {cache_directory()}: download it "
+            "where there is a network (`hf download NAME`), or give a local directory"
+        )
+    if offline:
+        return True, ""
+    address = endpoint or DEFAULT_ENDPOINT
+    trouble = problem(address)
+    if trouble is None:
+        return False, ""
+    if not missing:
+        return True, f"hub {address} is out of reach ({trouble}): using the downloaded {names}"
+    raise RequirementError(
+        f"{names} must come from the hub, and {address} is out of reach: {trouble}. "
+        "Check the network and the proxy, use a mirror (--hf-endpoint https://...), give a local "
+        "directory, or take a model and data that need no hub (python train.py without flags)"
+    )

@@ -1,0 +1,228 @@
+"""The driver's command line: `python train.py [flags] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launch.spec import PROJECT_ROOT
+from rlhf.config.keys import leaves, nearest, parse_value
+from rlhf.config.load import load_config, parse_overrides
+from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials
+from rlhf.config.schema import RunConfig
+from rlhf.errors import ConfigError
+from rlhf.store import RunDir
+
+RECIPES = PROJECT_ROOT / "launch" / "recipes"
+DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
+
+# flag -> the settings that it sets
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "--deployment-type": ("launch.deployment_type",),
+    "--launcher": ("launch.launcher",),
+    "--num-gpus": ("launch.num_gpus",),
+    "--master-port": ("launch.master_port",),
+    "--hostfile": ("launch.hostfile",),
+    "--num-nodes": ("launch.num_nodes",),
+    "--node-rank": ("launch.node_rank",),
+    "--master-addr": ("launch.master_addr",),
+    "--include": ("launch.include",),
+    "--exclude": ("launch.exclude",),
+    "--actor-zero-stage": ("step1.engine.zero_stage", "step3.actor.engine.zero_stage"),
+    "--reward-zero-stage": ("step2.engine.zero_stage", "step3.critic.engine.zero_stage"),
+    "--hf-endpoint": ("hub.endpoint",),
+    "--data-path": ("data.path",),
+    "--output-dir": ("output_dir",),
+    "--name": ("name",),
+    "--seed": ("seed",),
+}
+_NOT_REPEATED = ("--dry-run", "--json", "--force", "--print-config", "--json-schema")
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked, with the configuration that follows from it."""
+
+    steps: list[int]
+    config: RunConfig
+    recipe: Path | None
+    actor_model: str | None
+    reward_model: str | None
+    dry_run: bool
+    as_json: bool
+    print_config: bool
+    json_schema: bool
+    force: bool
+    argv: list[str] = field(default_factory=list)
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(Path(self.config.output_dir).expanduser().absolute() / self.config.name)
+
+    def command(self, *steps: int) -> str:
+        """The same command line for other steps, to name in a remedy."""
+        kept: list[str] = []
+        of_step = False
+        for token in normalize_flags(self.argv):
+            is_flag = token.startswith("--")
+            of_step = token.startswith("--step") if is_flag else of_step and token.isdigit()
+            if not of_step and token not in _NOT_REPEATED:
+                kept.append(token)
+        return shlex.join(["python", "train.py", "--step", *map(str, steps), *kept])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"unrecognized arguments: (\S+)", message)
+        hint = ""
+        if wrong:
+            close = nearest(wrong[1].split("=")[0], self._option_string_actions)
+            hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{message}.{hint} `python train.py --help` lists the flags")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags with their help; `_` and `-` are the same in their names."""
+    made = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Supervised fine-tuning, reward model and PPO, in one command. Without flags: "
+        "the embedded default, on CPU in a few minutes.",
+        epilog="Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; "
+        "--print-config shows them all. "
+        "Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement is "
+        "missing, 130 interrupted.",
+    )
+    add = made.add_argument
+    add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N",
+        help="1 SFT, 2 reward model, 3 PPO; default: all three")  # fmt: skip
+    add("--config", metavar="FILE", help="recipe (YAML), or the name of one in launch/recipes")
+    add("--actor-model", metavar="MODEL",
+        help="base of step 1; without step 1, the SFT model of the later steps. "
+        "A bare size means facebook/opt-SIZE")  # fmt: skip
+    add("--reward-model", metavar="MODEL",
+        help="base of step 2; without step 2, the reward model of step 3")  # fmt: skip
+    for flag, keys in SETTINGS.items():
+        text = leaves()[keys[0]].doc.replace("%", "%%")
+        nargs = "+" if flag == "--data-path" else None
+        add(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
+    add("--dry-run", action="store_true", help="print the plan and the command lines, then stop")
+    add("--json", action="store_true", help="with --dry-run: the plan as JSON")
+    add("--print-config", action="store_true", help="print every setting as YAML, then stop")
+    add("--json-schema", action="store_true", help="print a recipe's JSON schema, then stop")
+    add("--force", action="store_true", help="run steps again that are already done")
+    return made
+
+
+def normalize_flags(argv: Sequence[str]) -> list[str]:
+    """`--a_b=c` as `--a-b=c`; names with a dot are settings and become `key=value`."""
+    tokens: list[str] = []
+    pending = list(argv)
+    while pending:
+        token = pending.pop(0)
+        name, equals, value = token.partition("=")
+        if not token.startswith("--") or len(token) == 2:
+            tokens.append(token)
+        elif "." in name:
+            if not equals:
+                if not pending or pending[0].startswith("--"):
+                    raise ConfigError(f"{token}: a value is missing, e.g. {token[2:]}=VALUE")
+                value = pending.pop(0)
+            tokens.append(f"{name[2:].replace('-', '_')}={value}")
+        else:
+            tokens.append(name.replace("_", "-") + equals + value)
+    return tokens
+
+
+def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Options:
+    """Raises ConfigError; argparse itself ends the program for `--help`."""
+    environ = os.environ if environ is None else environ
+    tokens, overrides = split_overrides(normalize_flags(argv))
+    flags = parser().parse_args(tokens)
+    if flags.json and not flags.dry_run:
+        raise ConfigError("--json prints the plan for machines: use it with --dry-run")
+    recipe = find_recipe(flags.config, flags.actor_model)
+    values, origins = flag_values(flags)
+    asked = {**parse_overrides(overrides), **_from_environment(environ, values)}
+    steps = sorted(set(flags.step))
+    actor, reward = (model_name(name) for name in (flags.actor_model, flags.reward_model))
+    config = load_config(recipe, asked, values, origins)
+    return Options(
+        steps=steps,
+        config=config,
+        recipe=recipe,
+        actor_model=actor,
+        reward_model=reward,
+        dry_run=flags.dry_run,
+        as_json=flags.json,
+        print_config=flags.print_config,
+        json_schema=flags.json_schema,
+        force=flags.force,
+        argv=list(argv),
+    )
+
+
+def split_overrides(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags with their values, `key=value` texts)."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for token in tokens:
+        is_value = bool(flags) and flags[-1] in _TAKES_ONE and "=" not in flags[-1]
+        (overrides if _OVERRIDE.match(token) and not is_value else flags).append(token)
+    return flags, overrides
+
+
+_TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"} - {"--data-path"}
+
+
+def flag_values(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """(dotted key -> value, dotted key -> flag) of the flags that set settings."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for flag, keys in SETTINGS.items():
+        given = getattr(flags, flag[2:].replace("-", "_"))
+        for key in keys if given is not None else ():
+            values[key] = given if isinstance(given, list) else parse_value(given, leaves()[key])
+            origins[key] = flag
+    if values.get("step3.actor.engine.zero_stage") == 3:
+        # Where the policy must be sharded to fit, so must its reference.
+        values["step3.reference_engine.zero_stage"] = 3
+        origins["step3.reference_engine.zero_stage"] = "--actor-zero-stage"
+    return values, origins
+
+
+def _from_environment(environ: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if environ.get("HF_ENDPOINT", "").strip() and "hub.endpoint" not in values:
+        found["hub.endpoint"] = environ["HF_ENDPOINT"]
+    if environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE"):
+        found["hub.offline"] = True
+    return found
+
+
+def model_name(name: str | None) -> str | None:
+    """A model as given on the command line, in its one form."""
+    if name is None:
+        return None
+    return absolute_if_local(refuse_credentials(expand_size(name), "a model"))
+
+
+def find_recipe(given: str | None, actor_model: str | None) -> Path | None:
+    """The recipe's file. Without --config the embedded default, whose settings suit its own tiny
+    model only: for another --actor-model the schema's defaults (None). Raises ConfigError.
+    """
+    if given is None:
+        return None if actor_model and not actor_model.startswith("tiny:") else DEFAULT_RECIPE
+    places = [Path(given).expanduser(), PROJECT_ROOT / given, RECIPES / f"{given}.yaml"]
+    for place in places:
+        if place.is_file():
+            return place.absolute()
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise ConfigError(f"--config {given}: no such file. Recipes by name: {', '.join(names)}")

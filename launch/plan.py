@@ -1,0 +1,188 @@
+"""The plan: for each step asked for, what it builds on, what it gets, and how it is started."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.devices import place
+from launch.environment import child_environment
+from launch.gate import STEP_NAMES, Parent, already_done, base_models, find_parents
+from launch.launchers import LAUNCHERS
+from launch.options import Options
+from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
+from rlhf.config.load import with_values
+from rlhf.config.resolve import BATCH_KEYS, accumulation, describe_inherited, resolve_step
+from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.store import STEP_DIRS, Manifest, RunDir
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: run it (with `spec`), or it is already done (`manifest`)."""
+
+    step: int
+    resolved: ResolvedStep
+    spec: LaunchSpec
+    parents: list[Parent]
+    manifest: Manifest | None = None
+    reason: str = ""
+    """Why it runs again although there is an artifact."""
+
+    @property
+    def done(self) -> bool:
+        return self.manifest is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    run: RunDir
+    config: RunConfig
+    recipe: Path | None
+    placement: Placement
+    steps: list[StepPlan] = field(default_factory=list)
+
+
+def make_plan(options: Options) -> Plan:
+    """Looks at the run directory, the machine and the settings; changes nothing.
+
+    Raises ConfigError, RequirementError, ArtifactError.
+    """
+    config = with_values(options.config, base_models(options))
+    placement = place(config.launch)
+    done: dict[int, Manifest | None] = {}
+    steps: list[StepPlan] = []
+    for step in options.steps:
+        parents = find_parents(options, step, done)
+        resolved = resolve_step(
+            config,
+            step,
+            run_dir=options.run.path,
+            world_size=placement.world_size,
+            parents={parent.name: parent.path for parent in parents},
+            parent_configs={p.name: p.config for p in parents if p.config or p.here},
+        )
+        manifest, reason = already_done(options, resolved, parents)
+        done[step] = manifest
+        spec = launch_spec(resolved, placement, options.run)
+        steps.append(StepPlan(step, resolved, spec, parents, manifest, reason))
+    return Plan(options.run, config, options.recipe, placement, steps)
+
+
+def launch_spec(resolved: ResolvedStep, placement: Placement, run: RunDir) -> LaunchSpec:
+    """The command that starts the step's processes."""
+    script = PROJECT_ROOT / STEP_DIRS[resolved.step] / "main.py"
+    arguments = ["--config", str(run.resolved(resolved.step))]
+    launcher = LAUNCHERS[resolved.config.launch.launcher]
+    env, unset = child_environment(resolved.config, placement)
+    return LaunchSpec(launcher(script, arguments, placement), env, os.getcwd(), unset)
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text, in the order in which one would tell it."""
+    recipe = plan.recipe or "none: the settings' defaults (--actor-model names a model of its own)"
+    lines = [
+        f"run      {plan.config.name}: {plan.run.path}",
+        f"recipe   {recipe}",
+        f"machine  {_machine(plan)}",
+        f"data     {', '.join(plan.config.data.path)}",
+        *(f"{'' if number else 'env':8} {line}" for number, line in enumerate(_environment(plan))),
+    ]
+    for item in plan.steps:
+        lines += ["", *describe_step(item, plan.run)]
+    return "\n".join(lines)
+
+
+def describe_step(item: StepPlan, run: RunDir) -> list[str]:
+    """What a step does, from what, with which batches, and its command."""
+    step, resolved = item.step, item.resolved
+    head = f"step {step}   {STEP_NAMES[step]}: {_origin(item)} -> {STEP_DIRS[step]}/artifact"
+    if item.manifest is not None:
+        return [
+            head,
+            f"         already done (artifact {item.manifest.id[:12]}); --force repeats it",
+        ]
+    lines = [head]
+    if item.reason:
+        lines.append(f"         again: {item.reason}")
+    lines += [f"         {parent.note}" for parent in item.parents if parent.note]
+    lines += [f"         {line}" for line in describe_inherited(resolved)]
+    lines.append(f"         {_batches(resolved)}")
+    lines.append(f"         $ {shlex.join(item.spec.argv)}")
+    return lines
+
+
+def _environment(plan: Plan) -> list[str]:
+    """Directory and variables, the same for all steps."""
+    return plan.steps[0].spec.shell().splitlines()[:-1]
+
+
+def _origin(item: StepPlan) -> str:
+    config = item.resolved.config
+    if item.step == 1:
+        return str(config.step1.model.name)
+    parents = item.resolved.parents
+    if item.step == 2:
+        return config.step2.model.name or parents["sft"]
+    return f"{parents['sft']}, rewarded by {parents['reward']}"
+
+
+def _batches(resolved: ResolvedStep) -> str:
+    config, step, world = resolved.config, resolved.step, resolved.world_size
+    micro_key = BATCH_KEYS[step][1]
+    passes = accumulation(config, step, world)
+    if step == 3:
+        rollout = config.step3.rollout
+        rows, micro = rollout.prompts * rollout.samples_per_prompt, config.step3.micro_batch_size
+        what = f"{rows} answers per iteration, {config.step3.ppo.minibatches} minibatch(es)"
+    else:
+        train = (config.step1 if step == 1 else config.step2).train
+        rows, micro = train.batch_size, train.micro_batch_size
+        what = f"{rows} {'pairs' if step == 2 else 'rows'} per optimiser step"
+    share = f"{world} process(es), up to {passes} forward pass(es) each"
+    return f"{what}: {share} of {micro} ({micro_key})"
+
+
+def _machine(plan: Plan) -> str:
+    placement = plan.placement
+    device = "GPU" if placement.accelerator == "cuda" else "CPU"
+    where = f" on {len(placement.hosts)} host(s)" if placement.multi_node else ""
+    threads = plan.steps[0].spec.env.get("OMP_NUM_THREADS") if plan.steps else None
+    extra = f", {threads} thread(s) each" if threads else ""
+    launcher = plan.config.launch.launcher
+    return f"{placement.world_size} {device} process(es){where}{extra}; launcher {launcher}"
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan for machines."""
+    return {
+        "name": plan.config.name,
+        "run_dir": str(plan.run.path),
+        "recipe": str(plan.recipe) if plan.recipe else None,
+        "accelerator": plan.placement.accelerator,
+        "world_size": plan.placement.world_size,
+        "master_port": plan.placement.master_port,
+        "config": plan.config.model_dump(mode="json"),
+        "steps": [
+            {
+                "step": item.step,
+                "name": STEP_DIRS[item.step],
+                "action": "skip" if item.done else "run",
+                "reason": item.reason,
+                "parents": item.resolved.parents,
+                "notes": [parent.note for parent in item.parents if parent.note],
+                "inherited": describe_inherited(item.resolved),
+                "accumulation": accumulation(
+                    item.resolved.config, item.step, item.resolved.world_size
+                ),
+                "argv": item.spec.argv,
+                "env": item.spec.env,
+                "unset": item.spec.unset,
+                "cwd": item.spec.cwd,
+            }
+            for item in plan.steps
+        ],
+    }

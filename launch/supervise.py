@@ -1,0 +1,144 @@
+"""Runs one command: output to console and log alike, signals forwarded, nobody orphaned."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from launch import guard
+from launch.spec import LaunchSpec
+
+GRACE_SECONDS = 15.0
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended. `code` below 0: minus the signal that ended it, as far as known."""
+
+    code: int
+    interrupted: bool
+    seconds: float
+    log: Path
+    log_start: int
+    """Where this command's output begins in the log."""
+
+    def output(self, most: int = 200_000) -> str:
+        """The end of what the command printed."""
+        with self.log.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(self.log_start, size - most))
+            return stream.read().decode("utf-8", errors="replace")
+
+
+def supervise(
+    spec: LaunchSpec,
+    log: Path,
+    *,
+    grace: float = GRACE_SECONDS,
+    console: BinaryIO | None = None,
+    on_interrupt: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Runs the command until it and everything that it started has ended.
+
+    Call from the main thread: it takes SIGINT, SIGTERM and SIGHUP meanwhile. The first one asks the
+    command's processes to end and they are killed after `grace` seconds; a second one kills now.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    watched = [sys.executable, "-I", guard.__file__, str(os.getpid()), str(grace), *spec.argv]
+    with log.open("ab") as record:
+        start = record.tell()
+        with _signals() as state:
+            child = subprocess.Popen(
+                watched,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=spec.cwd,
+                env=spec.environment(os.environ),
+                start_new_session=True,
+            )
+            state.attach(child, on_interrupt)
+            _tee(child, record, console or _console(), state)
+            code = child.wait()
+    seconds = time.monotonic() - started
+    return Outcome(signal_code(code), state.interrupted, seconds, log, start)
+
+
+def signal_code(code: int) -> int:
+    """An exit code with the ways to say "killed by a signal" brought into one: -signal.
+
+    Shells and the guard say 128 + signal; deepspeed's launcher passes -signal on modulo 256.
+    """
+    if 128 < code <= 128 + 64:
+        return 128 - code
+    return code - 256 if code > 192 else code
+
+
+class _State:
+    """What the signal handlers know: they must not wait, nor raise in the middle of a write."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.pending = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._announce: Callable[[], None] = lambda: None
+
+    def attach(self, child: subprocess.Popen[bytes], announce: Callable[[], None]) -> None:
+        self._child, self._announce = child, announce
+        for _ in range(self.pending):
+            child.send_signal(signal.SIGTERM)
+
+    def handle(self, number: int, frame: Any) -> None:
+        first, self.interrupted = not self.interrupted, True
+        self.pending += 1
+        if self._child is not None:
+            self._child.send_signal(signal.SIGTERM)
+        if first:
+            self._announce()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_State]:
+    state = _State()
+    # A signal that is ignored (nohup) stays ignored.
+    taken = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, state.handle) for number in taken}
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tee(
+    child: subprocess.Popen[bytes], record: BinaryIO, console: BinaryIO | None, state: _State
+) -> None:
+    """Bytes as they come, so that a progress line's `\\r` works. After an interrupt: log only."""
+    assert child.stdout is not None
+    descriptor = child.stdout.fileno()
+    with child.stdout:
+        while chunk := os.read(descriptor, 65536):
+            record.write(chunk)
+            record.flush()
+            if console is None or state.interrupted:
+                continue
+            try:
+                console.write(chunk)
+                console.flush()
+            except (BrokenPipeError, ValueError):
+                console = None  # whoever read the console has gone; the log goes on
+
+
+def _console() -> BinaryIO | None:
+    sys.stdout.flush()
+    return getattr(sys.stdout, "buffer", None)

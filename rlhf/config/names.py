@@ -1,0 +1,81 @@
+"""Names of models, data sets and hubs: their forms, and which of them need the network."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rlhf.errors import ConfigError
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+_SIZE = re.compile(r"\d+(\.\d+)?[mb]")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+
+
+def expand_size(name: str) -> str:
+    """`1.3b` -> `facebook/opt-1.3b`; every other name as it is."""
+    name = name.strip()
+    return f"facebook/opt-{name.lower()}" if _SIZE.fullmatch(name.lower()) else name
+
+
+def absolute_if_local(name: str) -> str:
+    """A name that is an existing path becomes absolute, so that it means the same anywhere."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def is_path_like(name: str) -> bool:
+    """Does the name say by its form that it is a path (whether or not it exists)?"""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep in name[-1:]
+
+
+def is_hub_model(name: str) -> bool:
+    """Is this model fetched from a hub?"""
+    if name.startswith(("tiny:", "package:")) or name.endswith(".gguf"):
+        return False
+    return not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
+
+
+def is_hub_dataset(name: str) -> bool:
+    """Is this data set fetched from a hub? (`sample:`, URLs and files are not.)"""
+    if ":" in name or name.endswith(_DATA_SUFFIXES):
+        return False
+    return not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
+
+
+def normalize_endpoint(text: str | None) -> str | None:
+    """A hub's address without blanks and trailing slashes; None for an empty one.
+
+    An empty or slash-ended HF_ENDPOINT breaks `datasets` in ways that name no cause.
+    Raises ConfigError unless it is http(s) with a host and without a password.
+    """
+    text = (text or "").strip().rstrip("/")
+    if not text:
+        return None
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or " " in text:
+        raise ConfigError(
+            f"hub endpoint {text!r}: must be an http:// or https:// address, "
+            f"e.g. --hf-endpoint {DEFAULT_ENDPOINT}"
+        )
+    return refuse_credentials(text, "hub.endpoint")
+
+
+def refuse_credentials(text: str, setting: str) -> str:
+    """`text`, unless it is a URL with a password in it: that would end up in the run's files."""
+    if "://" in text and "@" in text.split("://", 1)[1].split("/", 1)[0]:
+        shown = re.sub(r"://[^/@]*@", "://***@", text)
+        raise ConfigError(
+            f"{setting} = {shown!r}: a user name or password in a URL would be written to the "
+            "run's files. Put it into the environment instead (HF_TOKEN, AWS_ACCESS_KEY_ID, ...)"
+        )
+    return text
+
+
+def redact(text: str) -> str:
+    """`text` with the passwords in its URLs and the values of token flags blanked out."""
+    text = re.sub(r"://[^/@\s]*@", "://***@", text)
+    return re.sub(r"(?i)((?:token|secret|password|api_?key)[=:])\S+", r"\1***", text)

@@ -1,0 +1,170 @@
+"""What one step's processes get: inherited values filled in, paths absolute, batches that fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.load import MODEL_NAMES, flatten, nest, with_values
+from rlhf.config.names import absolute_if_local
+from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.errors import ConfigError
+
+# step -> setting left unset -> (parent, the parent's setting that it takes)
+INHERITS: dict[int, dict[str, tuple[str, str]]] = {
+    1: {},
+    2: {
+        "step2.max_prompt_length": ("sft", "step1.max_prompt_length"),
+        "step2.max_length": ("sft", "step1.max_length"),
+        "data.template": ("sft", "data.template"),
+    },
+    3: {
+        "step3.rollout.max_prompt_length": ("sft", "step1.max_prompt_length"),
+        "data.template": ("sft", "data.template"),
+    },
+}
+# step -> model name -> the parent whose model it takes when left unset
+MODEL_FROM: dict[int, dict[str, str]] = {
+    1: {},
+    2: {"step2.model.name": "sft"},
+    3: {"step3.actor.model.name": "sft", "step3.critic.model.name": "reward"},
+}
+STEP_OF = {"sft": "step 1", "reward": "step 2"}
+# What a batch is made of: step -> (rows per optimiser step, rows per forward pass and rank)
+BATCH_KEYS = {
+    1: ("step1.train.batch_size", "step1.train.micro_batch_size"),
+    2: ("step2.train.batch_size", "step2.train.micro_batch_size"),
+    3: ("step3.rollout.prompts", "step3.micro_batch_size"),
+}
+
+
+def resolve_step(
+    config: RunConfig,
+    step: int,
+    *,
+    run_dir: Path,
+    world_size: int = 1,
+    parents: Mapping[str, str] | None = None,
+    parent_configs: Mapping[str, Mapping[str, Any] | None] | None = None,
+) -> ResolvedStep:
+    """The step's `resolved.json`.
+
+    `parents`: `sft`, `reward` -> directory or hub id; `parent_configs`: the configuration in the
+    parent's manifest, absent where it is made by this same run or is a foreign model.
+    Raises ConfigError: a relation does not hold, a batch does not fit.
+    """
+    parents = dict(parents or {})
+    config = absolute_paths(config)
+    changes, inherited = inherit(config, step, parent_configs or {})
+    try:
+        config = with_values(config, changes)
+    except ConfigError as error:
+        lines = [f"{key} = {changes[key]!r} (inherited from {inherited[key]})" for key in inherited]
+        raise ConfigError(f"{error}; {', '.join(lines)}: set it for step {step} too") from None
+    check_batches(config, step, world_size)
+    return ResolvedStep(
+        step=step,  # type: ignore[arg-type]
+        run_dir=str(run_dir.absolute()),
+        world_size=world_size,
+        parents=parents,
+        inherited=inherited,
+        config=config,
+    )
+
+
+def inherit(
+    config: RunConfig, step: int, parent_configs: Mapping[str, Mapping[str, Any] | None]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(dotted key -> value, dotted key -> where from) of what the step leaves unset."""
+    given = flatten(config.model_dump(exclude_unset=True))
+    own = flatten(config.model_dump())
+    changes: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for key, (parent, source) in INHERITS[step].items():
+        if given.get(key) is not None:
+            continue
+        manifest = flatten(parent_configs.get(parent) or {})
+        changes[key] = manifest.get(source, own[source])
+        if key == source and changes[key] == own[source]:
+            continue
+        # A foreign model has no settings of ours: the run's own section for that step stands in.
+        ours = STEP_OF[parent] if parent in parent_configs else f"the {STEP_OF[parent]} section"
+        origins[key] = ours
+    return changes, origins
+
+
+def describe_inherited(resolved: ResolvedStep) -> list[str]:
+    """Lines like `step2.max_length = 512 (inherited from step 1)`; the models included."""
+    flat = flatten(resolved.config.model_dump())
+    lines = [f"{key} = {flat[key]} (inherited from {o})" for key, o in resolved.inherited.items()]
+    for key, parent in MODEL_FROM[resolved.step].items():
+        if flat[key] is None and parent in resolved.parents:
+            lines.append(f"{key} = {resolved.parents[parent]} (inherited from {STEP_OF[parent]})")
+    return lines
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Local names become absolute: the step's processes may start in another directory."""
+    flat = flatten(config.model_dump(exclude_unset=True))
+    changes: dict[str, Any] = {}
+    for name in MODEL_NAMES:
+        if value := flat.get(name):
+            changes[name] = absolute_if_local(value)
+    changes["data.path"] = [absolute_if_local(path) for path in config.data.path]
+    for name, value in flat.items():
+        is_file = name.rsplit(".", 1)[-1] in ("deepspeed_config", "nvme_path", "hostfile")
+        if value and (is_file or name in ("data.cache_dir", "output_dir")):
+            changes[name] = str(Path(value).expanduser().absolute())
+    return with_values(config, changes)
+
+
+def check_batches(config: RunConfig, step: int, world_size: int) -> None:
+    """Refuses batches that do not divide over the processes. Raises ConfigError."""
+    if step == 3:
+        rollout, ppo = config.step3.rollout, config.step3.ppo
+        _divides("step3.rollout.prompts", rollout.prompts, world_size)
+        rows = rollout.prompts * rollout.samples_per_prompt // ppo.minibatches
+        what = "answers per PPO minibatch (prompts x samples_per_prompt / minibatches)"
+        if rows % world_size:
+            raise ConfigError(
+                f"step 3: {rows} {what} do not divide over {world_size} processes. Change "
+                f"step3.ppo.minibatches = {ppo.minibatches}, or use --num-gpus with a divisor"
+            )
+        return
+    section = config.step1 if step == 1 else config.step2
+    _divides(f"step{step}.train.batch_size", section.train.batch_size, world_size)
+
+
+def _divides(key: str, rows: int, world_size: int) -> None:
+    if rows % world_size == 0:
+        return
+    below, above = rows // world_size * world_size, math.ceil(rows / world_size) * world_size
+    choices = " or ".join(str(choice) for choice in (below, above) if choice)
+    raise ConfigError(
+        f"{key} = {rows} counts the rows of all {world_size} processes and must be a multiple of "
+        f"{world_size}: use {key}={choices}, or another --num-gpus"
+    )
+
+
+def accumulation(config: RunConfig, step: int, world_size: int) -> int:
+    """Forward passes per rank and optimiser step: rows / processes / micro-batch, rounded up."""
+    batch, micro = (_get(config, key) for key in BATCH_KEYS[step])
+    if step == 3:
+        batch = batch * config.step3.rollout.samples_per_prompt // config.step3.ppo.minibatches
+    return math.ceil(batch / world_size / micro)
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def section_of(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What of a configuration decides a step's result: its own section, the data and the seed."""
+    flat = flatten({key: config.get(key, {}) for key in (f"step{step}", "data", "seed")})
+    flat.pop("data.cache_dir", None)
+    return nest(flat)

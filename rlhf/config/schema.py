@@ -1,0 +1,364 @@
+"""Every setting of the pipeline: its type, default, meaning, and the relations it must respect.
+
+Imports anywhere: no torch, no transformers. `RunConfig` is one whole run; each step reads its own
+section. Lengths are in tokens; `batch_size` counts rows per optimiser step over all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+def doc(default: Any, text: str, **limits: Any) -> Any:
+    """A field with its default and the line of documentation that users see."""
+    if isinstance(default, type) and issubclass(default, BaseModel):
+        return Field(default_factory=default, description=text, **limits)
+    return Field(default, description=text, **limits)
+
+
+class DataConfig(Section):
+    path: list[str] = doc(
+        ["sample:courtesy"],
+        "Data sets: `sample:courtesy` (ships with the project), files or directories "
+        "(json, jsonl, csv, parquet, arrow), fsspec URLs, or hub ids.",
+        min_length=1,
+    )
+    columns: dict[str, str] = doc(
+        {},
+        "Our column -> the data set's column, for `prompt`, `response`, `chosen`, `rejected`, "
+        "`messages`, `margin`. Columns with our names need no entry.",
+    )
+    prompt_format: str | None = doc(
+        None,
+        "Builds the prompt from a row's columns, e.g. "
+        '"\\n\\nHuman: {instruction}\\n\\nAssistant:". Unset: the text in the data, as it is.',
+    )
+    response_format: str = doc(
+        "{text}", 'Wraps every answer, e.g. " {text}" where answers lack the leading space.'
+    )
+    template: str = doc(
+        "human_assistant",
+        "Chat template saved with the tokenizer and used for conversational rows: "
+        "`human_assistant`, `chatml`, `model` (the tokenizer's own) or Jinja text.",
+    )
+    split: tuple[float, float, float] = doc(
+        (2, 4, 4), "Shares of the training rows for steps 1, 2 and 3; normalised to sum to 1."
+    )
+    hub_split: str = doc("train", "Name of the training split on the hub.")
+    hub_eval_split: str | None = doc("test", "Name of the held-out split on the hub, if any.")
+    eval_fraction: Fraction = doc(
+        0.05, "Share of rows held out where the data set brings no test split of its own."
+    )
+    max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
+    max_train_rows: Positive | None = doc(None, "At most so many training rows per step.")
+    long_prompts: Literal["truncate", "drop"] = doc(
+        "truncate", "What happens to a prompt over the limit: cut from the left, or dropped."
+    )
+    max_bad_rows: NonNegative = doc(
+        100, "More unusable rows than this stop the run; each is counted and located."
+    )
+    cache_dir: str | None = doc(
+        None, "Tokenised data; default `~/.cache/rlhf/data` (or $RLHF_CACHE/data)."
+    )
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _split_text(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _split_has_rows(self) -> DataConfig:
+        if min(self.split) < 0 or sum(self.split) <= 0:
+            raise ValueError(f"split {self.split}: shares must be >= 0 and not all 0, e.g. 2,4,4")
+        return self
+
+
+class LoraConfig(Section):
+    rank: NonNegative = doc(0, "Rank of the adapters; 0 trains all weights.")
+    alpha: float = doc(16.0, "Scale: the adapter's output is multiplied by alpha / rank.", gt=0)
+    dropout: Fraction = doc(0.0, "Dropout on the adapter's input; step 3 always uses 0.")
+    target_modules: str | list[str] = doc(
+        "all-linear", "peft's target modules: names, a pattern, or `all-linear`."
+    )
+    last_layers: Positive | None = doc(
+        None, "Adapt only the last so many decoder layers; the others need no backward pass."
+    )
+
+
+class ModelConfig(Section):
+    name: str | None = doc(
+        None,
+        "Hub id, directory, `.gguf` file, `package:NAME[/FILE.gguf]`, `tiny:FAMILY` (made at the "
+        "first start), or a bare size (`1.3b` = facebook/opt-1.3b). Unset: the previous step's.",
+    )
+    dtype: Dtype = doc("auto", "Weights' dtype; auto: bfloat16 on GPU, float32 on CPU.")
+    lora: LoraConfig = doc(LoraConfig, "Low-rank adapters (peft).")
+    gradient_checkpointing: bool = doc(False, "Recompute activations in the backward pass.")
+    attn_implementation: str | None = doc(None, "transformers' attention backend; unset: its own.")
+    trust_remote_code: bool = doc(False, "Run Python code that a model repository brings.")
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = doc(0, "ZeRO: what is sharded over the ranks.")
+    offload: Literal["none", "cpu", "nvme"] = doc("none", "Where optimiser state (and, at ZeRO-3, weights) lives.")
+    nvme_path: str | None = doc(None, "Directory for `offload: nvme`.")
+    overlap_comm: bool = doc(True, "Overlap gradient reduction with the backward pass.")
+    contiguous_gradients: bool = doc(True, "Copy gradients to one buffer as they are made.")
+    deepspeed_config: str | None = doc(
+        None, "Your own DeepSpeed JSON, merged over ours; `auto` values are filled in."
+    )
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> EngineConfig:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload {self.offload!r} needs zero_stage 1, 2 or 3; it is 0")
+        if self.offload == "nvme" and (self.zero_stage != 3 or not self.nvme_path):
+            raise ValueError("offload 'nvme' needs zero_stage 3 and nvme_path")
+        return self
+
+
+class OptimConfig(Section):
+    learning_rate: float = doc(1e-5, "Peak learning rate.", gt=0)
+    scheduler: Literal[
+        "linear", "cosine", "constant", "cosine_with_restarts", "polynomial", "constant_with_warmup"
+    ] = doc("cosine", "Shape of the learning rate over the run.")
+    warmup: float = doc(0.0, "Warm-up: optimiser steps, or a share of them when below 1.", ge=0)
+    weight_decay: float = doc(0.0, "AdamW's weight decay.", ge=0)
+    betas: tuple[float, float] = doc((0.9, 0.95), "AdamW's betas.")
+    eps: float = doc(1e-5, "AdamW's epsilon (1e-5: the N implementation details).", gt=0)
+    max_grad_norm: float = doc(1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0)
+
+
+class TrainConfig(Section):
+    epochs: Positive = doc(1, "Passes over the step's data.")
+    max_steps: Positive | None = doc(None, "Stop after so many optimiser steps.")
+    batch_size: Positive = doc(32, "Rows per optimiser step, over all ranks.")
+    micro_batch_size: Positive = doc(8, "Rows per forward pass and rank.")
+    eval_batch_size: Positive = doc(32, "Rows per forward pass and rank in evaluation.")
+    eval_every: NonNegative = doc(0, "Evaluate every so many steps too; 0: only per epoch.")
+    log_every: Positive = doc(10, "Log every so many optimiser steps.")
+
+
+class SFTConfig(Section):
+    """Step 1: supervised fine-tuning."""
+
+    model: ModelConfig = doc(ModelConfig, "The base model.")
+    engine: EngineConfig = doc(EngineConfig, "DeepSpeed.")
+    optim: OptimConfig = doc(OptimConfig, "Optimiser.")
+    train: TrainConfig = doc(TrainConfig, "Batches and steps.")
+    max_prompt_length: Positive = doc(256, "Prompts over this are cut or dropped.")
+    max_length: Positive = doc(512, "Prompt + answer over this: the answer is cut.")
+    response_column: Literal["auto", "response", "chosen"] = doc(
+        "auto", "The answer to imitate; auto: `response` if the row has it, else `chosen`."
+    )
+    prompt_loss: bool = doc(False, "Also learn to predict the prompt.")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> SFTConfig:
+        return _check_lengths(self)
+
+
+class RewardConfig(Section):
+    """Step 2: reward model."""
+
+    model: ModelConfig = doc(ModelConfig, "What it starts from; unset: step 1's model.")
+    engine: EngineConfig = doc(EngineConfig, "DeepSpeed.")
+    optim: OptimConfig = doc(OptimConfig, "Optimiser.")
+    head_learning_rate: float | None = doc(None, "Learning rate of the scalar head, if another.", gt=0)
+    train: TrainConfig = doc(TrainConfig, "Batches and steps; a row is one pair.")
+    max_prompt_length: Positive | None = doc(None, "Unset: as in step 1.")
+    max_length: Positive | None = doc(None, "Unset: as in step 1.")
+    loss: Literal["last", "token_wise"] = doc(
+        "last",
+        "`last`: one score per answer; `token_wise`: mean over the tokens from the first "
+        "difference to each answer's own end (more signal for very small models).",
+    )
+    margin: float | Literal["column"] = doc(
+        0.0, "Subtracted from the score difference; `column`: each row's `margin`."
+    )
+    group_by_prompt: bool = doc(True, "All pairs of one prompt go into one batch (InstructGPT).")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> RewardConfig:
+        return _check_lengths(self)
+
+
+class RolloutConfig(Section):
+    engine: Literal["continuous", "hybrid"] = doc(
+        "continuous", "`continuous`: ours, rows retire at EOS; `hybrid`: DeepSpeed's own."
+    )
+    hybrid_kernels: bool = doc(False, "With `hybrid`, DeepSpeed's inference kernels (GPU only).")
+    prompts: Positive = doc(64, "Prompts per iteration, over all ranks.")
+    samples_per_prompt: Positive = doc(1, "Answers per prompt; group methods need 2 or more.")
+    batch_size: Positive = doc(64, "Rows generated at once on a rank.")
+    max_prompt_length: Positive | None = doc(None, "Unset: as in step 1.")
+    max_new_tokens: Positive = doc(256, "Longest answer.")
+    temperature: float = doc(1.0, "Sampling temperature; scoring uses the same.", gt=0)
+    top_k: NonNegative = doc(0, "Sample among the k likeliest tokens; 0: all.")
+    top_p: float = doc(1.0, "Sample within this probability mass.", gt=0, le=1)
+    stop: list[str] = doc([], "Strings that end an answer.")
+
+
+class PPOConfig(Section):
+    kl_coef: float = doc(0.05, "Weight of the KL penalty in the reward (first value if adaptive).", ge=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = doc("k1", "KL estimator in the reward.")
+    kl_target: float | None = doc(None, "Nats per answer; set: the coefficient adapts to it.", gt=0)
+    kl_horizon: float = doc(10_000, "Answers over which the coefficient adapts.", gt=0)
+    kl_loss_coef: float = doc(0.0, "Weight of the k3 KL loss (GRPO).", ge=0)
+    gamma: Fraction = doc(1.0, "Discount per token.")
+    lam: Fraction = doc(0.95, "GAE lambda.")
+    clip: float = doc(0.2, "Policy ratio clip.", gt=0)
+    value_clip: float = doc(0.2, "Value clip around the rollout's values.", gt=0)
+    score_clip: float = doc(5.0, "Scores are clipped to +- this, before the KL term.", gt=0)
+    normalize_score: bool = doc(True, "Score - mean / std with the reward artifact's statistics.")
+    missing_eos_penalty: float = doc(1.0, "Taken from the score of an answer without EOS.", ge=0)
+    whiten_advantages: bool = doc(True, "Mean 0, std 1 over the global batch.")
+    group_std: bool = doc(True, "GRPO divides by the group's standard deviation.")
+    epochs: Positive = doc(2, "PPO epochs over each rollout.")
+    minibatches: Positive = doc(1, "Optimiser steps per PPO epoch.")
+    target_kl: float | None = doc(None, "Stop the PPO epochs when approx_kl passes this.", gt=0)
+    entropy_coef: float = doc(0.0, "Weight of the entropy bonus.", ge=0)
+    critic_warmup: NonNegative = doc(0, "First iterations that train only the critic.")
+    ptx_coef: float = doc(0.0, "Weight of the SFT loss mixed into the update.", ge=0)
+    ema_decay: float | None = doc(None, "Keep an average of the actor with this decay.", gt=0, lt=1)
+
+
+class RoleConfig(Section):
+    model: ModelConfig = doc(ModelConfig, "Unset name: the parent artifact's model.")
+    engine: EngineConfig = doc(EngineConfig, "DeepSpeed.")
+    optim: OptimConfig = doc(OptimConfig, "Optimiser.")
+
+
+class EvalConfig(Section):
+    prompts: Positive = doc(128, "Held-out prompts for the verdict; every model answers the same.")
+    samples: NonNegative = doc(3, "Answers shown side by side.")
+    judge: str | None = doc(
+        None, "Rule-based judge: `courtesy`, `vader`, or `module:function`; unset: the data's own."
+    )
+
+
+class RLConfig(Section):
+    """Step 3: PPO and its relatives."""
+
+    algorithm: Literal["ppo", "grpo", "rloo", "reinforce++"] = doc("ppo", "How credit is given.")
+    actor: RoleConfig = doc(RoleConfig, "The policy.")
+    critic: RoleConfig = doc(RoleConfig, "The value model; starts from the reward model.")
+    reference_engine: EngineConfig = doc(EngineConfig, "Engine of reference and reward model.")
+    rollout: RolloutConfig = doc(RolloutConfig, "Generation.")
+    ppo: PPOConfig = doc(PPOConfig, "The algorithm's numbers.")
+    iterations: Positive | None = doc(None, "Rollouts; unset: one pass over the prompts.")
+    micro_batch_size: Positive = doc(16, "Rows per forward pass and rank, scoring and update.")
+    log_every: Positive = doc(1, "Log every so many iterations.")
+    eval: EvalConfig = doc(EvalConfig, "The verdict at the end.")
+
+    @model_validator(mode="after")
+    def _groups(self) -> RLConfig:
+        n = self.rollout.samples_per_prompt
+        if self.algorithm in ("grpo", "rloo") and n < 2:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} compares answers to one prompt: "
+                f"rollout.samples_per_prompt must be 2 or more, it is {n}"
+            )
+        rows = self.rollout.prompts * n
+        if rows % self.ppo.minibatches:
+            raise ValueError(
+                f"{rows} answers per iteration do not divide into ppo.minibatches = "
+                f"{self.ppo.minibatches}: choose a divisor of {rows}"
+            )
+        return self
+
+
+class LaunchConfig(Section):
+    deployment_type: Literal["single_gpu", "single_node", "multi_node"] = doc(
+        "single_gpu", "One process, all devices of this machine, or several machines."
+    )
+    launcher: Literal["deepspeed", "torchrun"] = doc("deepspeed", "What starts the processes.")
+    num_gpus: Positive | None = doc(
+        None, "Processes per node; on CPU, gloo ranks. Unset: the node's GPUs, or 1 on CPU."
+    )
+    threads: Positive | None = doc(
+        None, "CPU threads per process. Unset: 1 with several ranks, else the cores."
+    )
+    hostfile: str | None = doc(None, "multi_node: lines of `host slots=N`.")
+    num_nodes: Positive | None = doc(None, "multi_node: nodes to use.")
+    node_rank: NonNegative | None = doc(None, "multi_node, started by hand: this node's number.")
+    master_addr: str | None = doc(None, "multi_node: address of the first node.")
+    master_port: int | Literal["auto"] = doc("auto", "Rendezvous port; auto: a free one.")
+    include: str | None = doc(None, "Hosts and devices to use, `host:0,1@other`.")
+    exclude: str | None = doc(None, "Hosts and devices to leave out.")
+
+    @model_validator(mode="after")
+    def _nodes(self) -> LaunchConfig:
+        if self.include and self.exclude:
+            raise ValueError("include and exclude together: give one of them")
+        if self.deployment_type == "single_gpu" and (self.num_gpus or 1) > 1:
+            raise ValueError(
+                f"deployment_type single_gpu with num_gpus {self.num_gpus}: one process only; "
+                "use --deployment-type single_node"
+            )
+        return self
+
+
+class HubConfig(Section):
+    endpoint: str | None = doc(None, "Mirror of the hub; also HF_ENDPOINT.")
+    offline: bool = doc(False, "Use only what is in the local cache.")
+
+
+class TrackConfig(Section):
+    trackers: list[str] | Literal["auto"] = doc(
+        "auto", "Besides metrics.jsonl: accelerate's trackers by name; auto: tensorboard if installed."
+    )
+    project: str = doc("rlhf", "Project name for trackers that have one.")
+
+
+class RunConfig(Section):
+    """One run: where it goes, what it reads, and the three steps."""
+
+    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w.+-]+$")
+    output_dir: str = doc("output", "Where runs are kept.")
+    seed: int = doc(1234, "Everything random derives from it.", ge=0, lt=2**31)
+    launch: LaunchConfig = doc(LaunchConfig, "Processes.")
+    hub: HubConfig = doc(HubConfig, "Hugging Face hub or a mirror of it.")
+    data: DataConfig = doc(DataConfig, "Preference data.")
+    step1: SFTConfig = doc(SFTConfig, "Supervised fine-tuning.")
+    step2: RewardConfig = doc(RewardConfig, "Reward model.")
+    step3: RLConfig = doc(RLConfig, "PPO.")
+    track: TrackConfig = doc(TrackConfig, "Metrics.")
+
+
+class ResolvedStep(Section):
+    """What the driver hands to one step's processes, as `resolved.json`."""
+
+    step: Literal[1, 2, 3] = doc(1, "Which step.")
+    run_dir: str = doc("", "The run's directory, absolute.")
+    world_size: Positive = doc(1, "Processes over all nodes.")
+    parents: dict[str, str] = doc(
+        {}, "`sft`, `reward` -> verified artifact directory, HF directory or hub id."
+    )
+    inherited: dict[str, str] = doc({}, "Settings taken from a parent, with where they came from.")
+    config: RunConfig = doc(RunConfig, "The whole run's configuration.")
+
+
+def _check_lengths(section: Any) -> Any:
+    prompt, total = section.max_prompt_length, section.max_length
+    if prompt and total and prompt >= total:
+        raise ValueError(f"max_prompt_length {prompt} leaves no room for an answer in max_length {total}")
+    return section

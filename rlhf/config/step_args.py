@@ -1,0 +1,153 @@
+"""The command line of the step scripts: `--config resolved.json` and any setting by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value
+from rlhf.config.load import build_config, load_config, read_yaml, with_values
+from rlhf.config.resolve import check_batches, resolve_step
+from rlhf.config.schema import ResolvedStep
+from rlhf.errors import ConfigError
+
+PARENTS = ("sft", "reward")
+_SHARED = ("data.", "launch.", "hub.", "track.")
+
+
+def step_config(argv: Sequence[str], step: int) -> ResolvedStep:
+    """The configuration of a step script from its command line.
+
+    `--config FILE` (the driver's resolved.json, or a recipe) and `--key value` or `--key=value`
+    in both spellings, where key is a dotted path or a name that only one setting of the step has;
+    `--sft` and `--reward` name the parents. Launchers' `--local_rank` is taken and ignored.
+    Raises ConfigError.
+    """
+    options, bare = split_options(argv)
+    path: str | None = None
+    values: dict[str, Any] = {}
+    parents: dict[str, str] = {}
+    for name, given in options:
+        if name == "local_rank":
+            continue
+        if name == "config":
+            path = _single(name, given)
+        elif name in PARENTS:
+            parents[name] = _single(name, given)
+        else:
+            key = find_key(name, step)
+            values[key.name] = _value(key, given)
+    for text in bare:
+        raise ConfigError(f"{text!r}: not a setting; write --key value or key=value")
+    if path is None:
+        raise ConfigError(
+            f"--config is missing: step {step} reads its settings from the resolved.json that "
+            f"`python train.py --step {step}` writes into the run's directory, or from a recipe"
+        )
+    resolved = _load(Path(path), step, values, parents)
+    if world_size := os.environ.get("WORLD_SIZE"):
+        resolved = resolved.model_copy(update={"world_size": int(world_size)})
+        check_batches(resolved.config, step, resolved.world_size)
+    return resolved
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """([(name, values)], leftovers): names without dashes and with `_`, values up to the next."""
+    options: list[tuple[str, list[str]]] = []
+    bare: list[str] = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if token.startswith("--") and len(token) > 2:
+            options.append((name[2:].replace("-", "_"), [value] if equals else []))
+        elif equals and lookup(name) is not None:
+            options.append((name, [value]))
+        elif options:
+            options[-1][1].append(token)
+        else:
+            bare.append(token)
+    return options, bare
+
+
+def find_key(name: str, step: int) -> Key:
+    """The setting that `name` means in this step. Raises ConfigError if none or several."""
+    if (exact := lookup(name)) is not None:
+        return exact
+    section = f"step{step}."
+    names = list(leaves())
+    for group in (
+        [n for n in names if n.startswith(section)],
+        [n for n in names if n.startswith(_SHARED) or "." not in n],
+    ):
+        found = matching(name, group)
+        if len(found) == 1:
+            return leaves()[found[0]]
+        if found:
+            raise ConfigError(
+                f"--{name} could mean several settings of step {step}: write one of "
+                + ", ".join(f"--{choice}" for choice in found)
+            )
+    own = [n for n in names if n.startswith((section, *_SHARED)) or "." not in n]
+    close = nearest(name, own, count=3)
+    hint = f"did you mean {' or '.join(f'--{n}' for n in close)}?" if close else "see the schema"
+    raise ConfigError(f"--{name}: step {step} has no such setting; {hint}")
+
+
+def _single(name: str, given: list[str]) -> str:
+    if len(given) != 1:
+        raise ConfigError(f"--{name} takes one value, {len(given)} were given: {given}")
+    return given[0]
+
+
+def _value(key: Key, given: list[str]) -> Any:
+    if not given and key.is_flag:
+        return True
+    if key.is_list and len(given) > 1:
+        return given
+    name = key.name
+    if len(given) != 1:
+        raise ConfigError(f"--{name} takes one value, {len(given)} were given: {given}. {key.doc}")
+    return parse_value(given[0], key)
+
+
+def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]) -> ResolvedStep:
+    content = _read(path)
+    if "config" not in content:
+        config = load_config(path, values)
+        missing = [name for name in PARENTS[: step - 1] if name not in parents]
+        if step == 2 and config.step2.model.name is not None:
+            missing = []
+        if missing:
+            flags = " and ".join(f"--{name}" for name in missing)
+            raise ConfigError(
+                f"{path} is a recipe: step {step} also needs {flags} "
+                "(an artifact directory, HF directory or hub id)"
+            )
+        run_dir = Path(config.output_dir) / config.name
+        return resolve_step(config, step, run_dir=run_dir, parents=parents)
+    config = with_values(build_config(content.pop("config"), {"": str(path)}), values)
+    unknown = sorted(content.keys() - ResolvedStep.model_fields.keys())
+    if unknown or content.get("step") != step:
+        what = f"has unknown keys {unknown}" if unknown else f"is for step {content.get('step')}"
+        raise ConfigError(f"{path} {what}: give step {step}'s resolved.json")
+    resolved = ResolvedStep(**content).model_copy(update={"config": config})
+    if parents:
+        resolved = resolved.model_copy(update={"parents": {**resolved.parents, **parents}})
+    check_batches(config, step, resolved.world_size)
+    return resolved
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix != ".json":
+        return read_yaml(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file. Check --config") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping, it is {content!r:.60}")
+    return content

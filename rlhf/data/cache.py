@@ -1,0 +1,96 @@
+"""Tokenised rows on disk: KEY.arrow, memory-mapped when read, and KEY.json beside it.
+
+Arrow and JSON only: opening a cache file cannot run code. Each file is written under another name
+and renamed; the JSON comes last and has the arrow file's sha256, so that a partial, damaged or
+mixed pair is seen and made again. Several processes may write one key: they write the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from rlhf.errors import DataError
+
+_BATCH = 1000
+
+
+def cache_root(setting: str | None) -> Path:
+    """The cache's directory, made if absent with mode 0700. Raises DataError: it cannot be made."""
+    base = os.environ.get("RLHF_CACHE")
+    root = Path(setting) if setting else Path(base or "~/.cache/rlhf") / "data"
+    root = root.expanduser().absolute()
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _unusable(root, error) from error
+    return root
+
+
+def load(root: Path, key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None:
+    """The rows and the information stored with them; None if absent or damaged."""
+    path = root / f"{key}.arrow"
+    try:
+        info = json.loads((root / f"{key}.json").read_bytes())
+        if _file_sha256(path) != info["arrow_sha256"]:
+            return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    except OSError as error:
+        raise _unusable(root, error) from error
+    return datasets.Dataset.from_file(str(path)), info
+
+
+def store(root: Path, key: str, columns: dict[str, list[Any]], schema: pa.Schema, info: Any) -> str:
+    """Write rows and information; return the arrow file's sha256. Raises DataError."""
+    table = pa.table(columns, schema=schema)
+    path = root / f"{key}.arrow"
+    try:
+        with _replacing(path) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                writer.write_table(table, max_chunksize=_BATCH)
+            digest = _file_sha256(temporary)
+        with _replacing(root / f"{key}.json") as temporary:
+            temporary.write_text(json.dumps({**info, "arrow_sha256": digest}, indent=1))
+    except OSError as error:
+        raise _unusable(root, error) from error
+    return digest
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new sibling to write; flushed to disk and renamed to `path` if all went well."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _unusable(root: Path, error: Exception) -> DataError:
+    return DataError(
+        f"data cache {root}: {error}; set data.cache_dir or RLHF_CACHE to a directory that you can "
+        "write and that has room"
+    )

@@ -1,0 +1,90 @@
+"""Which rows meet in which optimiser step, rank and micro-batch.
+
+The global batches come from the seed, the epoch and the groups alone. Ranks and micro-batches only
+cut them up, so 1 x 8 and 4 x 2 see the same rows in the same order of steps.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+# A prompt with more pairs than this share of a batch is not kept together: few prompts with many
+# pairs each (twenty prompts for 4,000 pairs, say) would otherwise leave no shuffling.
+GROUP_SHARE = 4
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    groups: Sequence[int] | None = None,
+) -> list[list[list[int]]]:
+    """This rank's part of one epoch: optimiser steps -> micro-batches -> row numbers.
+
+    Every row occurs once per epoch over all ranks. All ranks have the same number of micro-batches
+    in a step; one may be empty. Within a step rows are sorted by length (longest first) and cut
+    into micro-batches of nearly equal size, which are dealt to the ranks in turn.
+
+    With `groups` (one number per row, equal for rows of one prompt), rows of a group share a global
+    batch if the group has at most batch_size / 4 rows; larger groups are spread like single rows.
+    Batches are then filled evenly, some a little under batch_size. The number of steps does not
+    depend on the epoch or the seed.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
+    if groups is None:
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    else:
+        # A column of a data set is slow to read item by item.
+        batches = _grouped(order, list(groups), batch_size, seed, epoch)
+    return [_deal(batch, lengths, micro_batch_size, rank, world_size) for batch in batches]
+
+
+def _grouped(
+    order: list[int], groups: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Largest units first, each into the emptiest batch (longest-processing-time rule); one more
+    batch is opened when a unit fits nowhere. Only sizes decide, so the count is always the same."""
+    by_group: dict[int, list[int]] = {}
+    for row in order:
+        by_group.setdefault(groups[row], []).append(row)
+    units: list[list[int]] = []
+    for rows in by_group.values():
+        together = len(rows) <= batch_size // GROUP_SHARE
+        units.extend([rows] if together else [[row] for row in rows])
+    rng = np.random.default_rng([seed, epoch, 1])
+    shuffled = [units[i] for i in rng.permutation(len(units))]
+    batches: list[list[int]] = [[] for _ in range(-(-len(order) // batch_size))]
+    emptiest = [(0, number) for number in range(len(batches))]
+    for unit in sorted(shuffled, key=len, reverse=True):
+        load, number = heapq.heappop(emptiest)
+        if load + len(unit) > batch_size:
+            heapq.heappush(emptiest, (load, number))
+            load, number = 0, len(batches)
+            batches.append([])
+        batches[number].extend(unit)
+        heapq.heappush(emptiest, (load + len(unit), number))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _deal(
+    batch: list[int], lengths: Sequence[int], micro_batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    rows = sorted(batch, key=lambda row: (-lengths[row], row))
+    per_rank = -(-len(rows) // (world_size * micro_batch_size))
+    pieces = np.array_split(np.asarray(rows, dtype=np.int64), per_rank * world_size)
+    return [piece.tolist() for piece in pieces[rank::world_size]]
+
+
+def whole_pass(
+    lengths: Sequence[int], *, micro_batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """Every row once over all ranks, for evaluation: this rank's micro-batches of row numbers."""
+    return _deal(list(range(len(lengths))), lengths, micro_batch_size, rank, world_size)

@@ -1,0 +1,238 @@
+"""`prepare`: from the data settings to one step's tokenised rows, through the cache.
+
+Rows are read and split before it is asked what a step needs of them: the three steps see the same
+unique contents and so agree on the split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import datasets
+
+from rlhf.config.schema import DataConfig
+from rlhf.data import cache
+from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
+from rlhf.data.report import DataReport
+from rlhf.data.sample import Sample, SampleMaker
+from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
+from rlhf.data.sources.base import NoPreference, sha256
+from rlhf.data.split import Keys, assign, draw
+from rlhf.data.templates import render
+from rlhf.data.tokenizers import Encoder, fingerprint
+from rlhf.errors import ConfigError, DataError
+
+# Raise it when the same settings and data would give other rows.
+FORMAT_VERSION = 1
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class StageData:
+    """One step's rows (columns: `rlhf.data.encode.SCHEMAS`), what became of all rows, and the
+    sha256 of the tokenised rows."""
+
+    dataset: datasets.Dataset
+    report: DataReport
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Request:
+    data: DataConfig
+    step: int
+    seed: int
+    limits: Limits
+    response_column: str
+    split: Split
+
+
+class _Found(NamedTuple):
+    sample: Sample
+    held_out: bool  # said by its source
+
+
+def prepare(
+    data: DataConfig,
+    step: Literal[1, 2, 3],
+    tokenizer: Any,
+    *,
+    seed: int,
+    max_prompt_length: int,
+    max_length: int | None,
+    response_column: str = "auto",
+    split: Split = "train",
+) -> StageData:
+    """Read, split and tokenise the rows of one step, or take them from the cache.
+
+    The tokenizer must have an eos token; it is not changed. Rows come in an order that depends on
+    their content and the seed only. `split="eval"` gives the held-out rows, the same for all steps
+    (none if nothing is held out). Raises DataError (unreadable, too many bad rows, no training row
+    left) and ConfigError (formats, columns, template).
+    """
+    if max_length is not None and max_length <= max_prompt_length:
+        raise ConfigError(
+            f"max_length {max_length} must be more than max_prompt_length {max_prompt_length}: "
+            "answers need room"
+        )
+    limits = Limits(max_prompt_length, max_length if step != 3 else None, data.long_prompts)
+    request = _Request(data, step, seed, limits, response_column, split)
+    encoder = Encoder(tokenizer, data.template)
+    sets = open_data_sets(data)
+    root = cache.cache_root(data.cache_dir)
+    key = _key(request, encoder, tokenizer, sets)
+    found = cache.load(root, key)
+    if found is None:
+        _build(request, encoder, tokenizer, sets, root, key)
+        found = cache.load(root, key)
+    if found is None:
+        raise DataError(f"data cache {root}: {key}.arrow changed while it was written; try again")
+    dataset, info = found
+    report = DataReport.from_dict(info["report"])
+    _check(request, report)
+    return StageData(dataset, report, info["fingerprint"])
+
+
+def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[DataSet]) -> str:
+    data = request.data.model_dump(
+        exclude={"path", "template", "cache_dir", "max_bad_rows", "hub_split", "hub_eval_split"}
+    )
+    settings = {
+        "format": FORMAT_VERSION,
+        "sources": [one.fingerprint for one in sets],
+        "tokenizer": fingerprint(tokenizer),
+        "template": encoder.template,
+        "data": data,
+        "step": request.step,
+        "seed": request.seed,
+        "limits": [request.limits.prompt, request.limits.total],
+        "response_column": request.response_column,
+        "split": request.split,
+    }
+    return sha256(json.dumps(settings, sort_keys=True))
+
+
+def _build(
+    request: _Request,
+    encoder: Encoder,
+    tokenizer: Any,
+    sets: Sequence[DataSet],
+    root: Any,
+    key: str,
+) -> None:
+    report = DataReport()
+    maker = SampleMaker(
+        request.data,
+        lambda messages, generate: render(
+            tokenizer, encoder.template, messages, generate=generate
+        ).removeprefix(encoder.bos),
+    )
+    samples, keys = _read(sets, maker, report)
+    used = _usable(_select(request, samples, keys, report), request, report)
+    _check(request, report, only_bad=True)
+    columns = encode(used, request.step, encoder, request.limits, report)
+    _check(request, report)
+    content = sha256(json.dumps(columns))
+    info = {"report": report.to_dict(), "fingerprint": content, "step": request.step}
+    cache.store(root, key, columns, SCHEMAS[request.step], info)
+
+
+def _read(
+    sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
+) -> tuple[list[_Found], list[Keys]]:
+    """All usable rows, and per data set the content keys of its parts."""
+    rows: list[_Found] = []
+    keys: list[Keys] = []
+    seen: set[str] = set()
+    for one in sets:
+        by_role: tuple[set[str], set[str]] = (set(), set())
+        for part in sorted(one.parts, key=lambda part: part.fingerprint):
+            for sample in _samples(part, maker, report):
+                report.duplicates += sample.key in seen
+                seen.add(sample.key)
+                by_role[part.held_out].add(sample.key)
+                rows.append(_Found(sample, part.held_out))
+        brings = any(part.held_out for part in one.parts)
+        keys.append(Keys(frozenset(by_role[False]), frozenset(by_role[True]), brings))
+    return rows, keys
+
+
+def _samples(part: Part, maker: SampleMaker, report: DataReport) -> Iterator[Sample]:
+    for where, row in part.rows():
+        report.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            yield maker(row, where)
+        except NoPreference as reason:
+            report.dropped[str(reason)] += 1
+        except BadRow as reason:
+            report.add_bad(str(reason), where)
+
+
+def _select(
+    request: _Request, rows: Sequence[_Found], keys: Sequence[Keys], report: DataReport
+) -> list[Sample]:
+    """This step's or the held-out samples, in the order of their keys' seeded hashes."""
+    data = request.data
+    held_out, steps = assign(keys, data.split, data.eval_fraction, request.seed)
+    brought = set[str]().union(*(one.held_out for one in keys))
+    if request.split == "eval":
+        wanted = held_out
+    else:
+        wanted = {key for key, step in steps.items() if step == request.step}
+    limit = data.max_eval_rows if request.split == "eval" else data.max_train_rows
+    by_key: dict[str, list[Sample]] = {}
+    for row in rows:
+        if row.sample.key in brought and not row.held_out:
+            report.dropped["training row that is also held out"] += 1
+        elif row.sample.key in wanted:
+            by_key.setdefault(row.sample.key, []).append(row.sample)
+        else:
+            report.elsewhere += 1
+    order = [one for key in draw(by_key, request.seed, "order") for one in by_key[key]]
+    if limit is not None and len(order) > limit:
+        report.dropped[f"over max_{request.split}_rows"] += len(order) - limit
+    return order[:limit]
+
+
+def _usable(
+    samples: Sequence[Sample], request: _Request, report: DataReport
+) -> list[tuple[Sample, tuple[str, ...]]]:
+    """Samples that have the answers the step needs, with these answers' names.
+
+    A held-out row may consist of a prompt alone: that is no fault, it is of use in step 3 only.
+    """
+    used = []
+    for sample in samples:
+        names = needed_answers(request.step, request.response_column, sample)
+        texts = [getattr(sample, name) for name in names]
+        columns = [request.data.columns.get(name, name) for name in names]
+        lacking = [c for c, text in zip(columns, texts, strict=True) if text is None]
+        empty = [c for c, t in zip(columns, texts, strict=True) if t is not None and not t.strip()]
+        if lacking and request.split == "eval":
+            report.dropped[f"held-out row without {lacking[0]!r}"] += 1
+        elif lacking:
+            report.add_bad(f"column {lacking[0]!r} is missing", sample.where)
+        elif empty:
+            report.add_bad(f"column {empty[0]!r} is empty", sample.where)
+        elif len(texts) == 2 and texts[0] == texts[1]:
+            report.add_bad("chosen equals rejected", sample.where)
+        else:
+            used.append((sample, names))
+    return used
+
+
+def _check(request: _Request, report: DataReport, *, only_bad: bool = False) -> None:
+    report.check(request.data.max_bad_rows)
+    if only_bad or report.kept or request.split == "eval":
+        return
+    details = "\n  ".join(report.lines())
+    raise DataError(
+        f"step {request.step} has no training rows left (data.path {request.data.path}, "
+        f"data.split {request.data.split}); give more data, a larger share, or mend what this "
+        f"says:\n  {details}"
+    )

@@ -1,0 +1,81 @@
+"""What became of every row: counted, and located where something was wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.errors import DataError
+
+_PLACES = 5
+
+
+@dataclass
+class DataReport:
+    """Counts of one `prepare`.
+
+    Every row read is in exactly one of: bad, elsewhere, dropped, kept.
+    `bad`: reason -> (count, first places). `dropped`: reason -> count. `truncated`: what was cut
+    (`prompt`, `answer`; a pair has two answers) -> count, among the kept rows. `duplicates`: rows
+    whose content was read before; they are kept. `elsewhere`: rows of other steps or splits.
+    """
+
+    read: int = 0
+    kept: int = 0
+    elsewhere: int = 0
+    duplicates: int = 0
+    bad: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bad_rows(self) -> int:
+        """Unusable rows, over all reasons."""
+        return sum(count for count, _ in self.bad.values())
+
+    def add_bad(self, reason: str, where: str) -> None:
+        """Count one unusable row and remember the first few places."""
+        count, places = self.bad.get(reason, (0, []))
+        self.bad[reason] = (count + 1, [*places, where] if count < _PLACES else places)
+
+    def lines(self) -> list[str]:
+        """For printing: a summary and one line per peculiarity."""
+        lines = [
+            f"{self.read} rows read: {self.kept} kept, {self.elsewhere} belong to other steps or "
+            f"splits, {self.dropped.total()} dropped, {self.bad_rows} bad"
+        ]
+        for reason, (count, places) in sorted(self.bad.items()):
+            more = ", ..." if count > len(places) else ""
+            lines.append(f"bad: {reason}: {count} ({', '.join(places)}{more})")
+        lines += [f"dropped: {reason}: {n}" for reason, n in sorted(self.dropped.items())]
+        lines += [f"truncated: {what}: {n}" for what, n in sorted(self.truncated.items())]
+        if self.duplicates:
+            lines.append(f"duplicates: {self.duplicates} (kept; never in two steps)")
+        return lines
+
+    def check(self, max_bad_rows: int) -> None:
+        """Raise DataError if more rows are bad than allowed."""
+        if self.bad_rows > max_bad_rows:
+            details = "\n  ".join(self.lines()[1:])
+            raise DataError(
+                f"{self.bad_rows} of {self.read} rows cannot be used; data.max_bad_rows allows "
+                f"{max_bad_rows}. Mend them, map the columns (data.columns), or raise the limit:"
+                f"\n  {details}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        counters = {"dropped": dict(self.dropped), "truncated": dict(self.truncated)}
+        return {
+            **vars(self),
+            "bad": {k: [n, list(p)] for k, (n, p) in self.bad.items()},
+            **counters,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataReport:
+        """Undo `to_dict` after a trip through JSON."""
+        bad = {reason: (int(n), list(places)) for reason, (n, places) in values["bad"].items()}
+        counters = {name: Counter(values[name]) for name in ("dropped", "truncated")}
+        return cls(**{**values, "bad": bad, **counters})

@@ -1,0 +1,1 @@
+"""The only folder that imports deepspeed, but for rlhf/rollout, which implements its interface."""

@@ -1,0 +1,94 @@
+"""Ranks and collectives. Everything works in one process too."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init_distributed() -> tuple[int, int]:
+    """Join the process group that the launcher described, or make one of size 1.
+
+    Returns:
+        (rank, world size).
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT", "0")
+    if not torch.cuda.is_available():
+        # Its compile takes a minute, gloo is as good for a few ranks, and with ranks on several
+        # hosts the op crashes (docs/decisions/0004-no-shm-comm.md).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(timeout=TIMEOUT)
+    return rank(), world_size()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Reduce over all ranks, in place; `op` is "sum" or "max". Returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return tensor
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Sums each value over the ranks, in float64; all ranks pass the same keys."""
+    keys = sorted(values)
+    total = torch.tensor([float(values[key]) for key in keys], dtype=torch.float64)
+    total = all_reduce(total.to(device()))
+    return dict(zip(keys, total.tolist(), strict=True))
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """All ranks' lists of plain objects, joined in rank order, on every rank."""
+    if world_size() == 1:
+        return items
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Each node's first rank runs the body before its others: they find its result in a cache."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

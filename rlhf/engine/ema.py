@@ -1,0 +1,40 @@
+"""A moving average of a model's trainable weights, shard by shard under ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rlhf.algo.ema import ema_update
+from rlhf.engine.zero3 import local_tensor
+
+
+class WeightEMA:
+    """average <- decay * average + (1 - decay) * weight, in fp32, after each optimiser step."""
+
+    def __init__(self, module: Any, decay: float) -> None:
+        self.decay = decay
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self.averages = [
+            local_tensor(p).detach().to(torch.float32, copy=True) for p in self._parameters
+        ]
+
+    def update(self) -> None:
+        ema_update(self.averages, [local_tensor(p) for p in self._parameters], self.decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within, the live model holds the averages (to publish it)."""
+        tensors = [local_tensor(p) for p in self._parameters]
+        kept = [tensor.detach().clone() for tensor in tensors]
+        with torch.no_grad():
+            for tensor, average in zip(tensors, self.averages, strict=True):
+                tensor.copy_(average)
+            try:
+                yield
+            finally:
+                for tensor, old in zip(tensors, kept, strict=True):
+                    tensor.copy_(old)

@@ -1,0 +1,211 @@
+"""What every step's process does around its `main(run)`: logs, phases, failure records, publishing.
+
+A step script is `if __name__ == "__main__": run_step(1, main)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+from rlhf.config import step_config
+from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.errors import ArtifactError, UserError
+from rlhf.store import RunDir, publish, verify, write_json_atomic
+
+OOM_REMEDY = (
+    "Out of memory. In this order: halve micro_batch_size (the result stays the same), turn on "
+    "model.gradient_checkpointing, use dtype bfloat16, raise the ZeRO stage (--actor-zero-stage "
+    "3), train adapters (model.lora.rank 16), engine.offload cpu, or shorter max_length."
+)
+
+
+@dataclass
+class StepRun:
+    """One process of one step: what it was told, where it writes, what phase it is in."""
+
+    resolved: ResolvedStep
+    rank: int
+    phase_name: str = "start"
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.resolved.config
+
+    @property
+    def directory(self) -> RunDir:
+        return RunDir(Path(self.resolved.run_dir))
+
+    @property
+    def step_dir(self) -> Path:
+        return self.directory.step_dir(self.resolved.step)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Names what is going on, for the console, for error records and for timings."""
+        self.phase_name, began = name, time.perf_counter()
+        self.say(f"step {self.resolved.step}: {name}")
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - began
+
+    def say(self, text: str) -> None:
+        """One line on the console, from rank 0; every rank's log has it."""
+        stream = sys.stdout if self.rank == 0 else getattr(sys.stdout, "log", sys.stdout)
+        print(text, file=stream, flush=True)
+
+    def parent(self, kind: str) -> str:
+        """The directory or hub id that this step starts from, by the artifact's name."""
+        if kind not in self.resolved.parents:
+            raise ArtifactError(
+                f"step {self.resolved.step} needs a {kind!r} artifact and was given none: run the "
+                "step that makes it, or start this step through train.py, which finds it."
+            )
+        return self.resolved.parents[kind]
+
+    def parent_records(self) -> dict[str, dict[str, str | None]]:
+        """What the manifest says of parents: path, and the manifest id of our own artifacts."""
+        records: dict[str, dict[str, str | None]] = {}
+        for kind, place in self.resolved.parents.items():
+            known = (Path(place) / "MANIFEST.json").is_file()
+            records[kind] = {"path": place, "id": verify(place).id if known else None}
+        return records
+
+    def publish(
+        self,
+        write: Callable[[Path], None],
+        *,
+        kind: str,
+        data_fingerprint: str,
+        metrics: dict[str, Any],
+        tokenizer_fingerprint: str,
+    ) -> None:
+        """Rank 0 writes, verifies and renames the artifact; `write` fills a directory."""
+        if self.rank != 0:
+            return
+        manifest = publish(
+            self.step_dir,
+            write,
+            kind=kind,
+            step=self.resolved.step,
+            parents=self.parent_records(),
+            data_fingerprint=data_fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            config=self.config.model_dump(mode="json"),
+            metrics=metrics | {"seconds_by_phase": self.phases},
+        )
+        self.say(
+            f"step {self.resolved.step}: published {kind} {manifest.id[:12]} in {self.step_dir}"
+        )
+
+
+def run_step(step: int, main: Callable[[StepRun], None]) -> None:
+    """Runs `main` in one rank; ends the process with the exit code that the driver expects.
+
+    A UserError ends with its own code and message; anything else with 1 and its traceback. Both
+    leave `logs/rankK.failure.json` for the driver to explain.
+    """
+    _die_with_launcher()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        resolved = step_config(sys.argv[1:], step)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    run = StepRun(resolved, rank)
+    logs = run.directory.logs(step)
+    logs.mkdir(parents=True, exist_ok=True)
+    failure = logs / f"rank{rank}.failure.json"
+    failure.unlink(missing_ok=True)
+    with (logs / f"rank{rank}.log").open("a", buffering=1) as log:
+        faulthandler.enable(log)
+        sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
+        _quiet_libraries()
+        try:
+            main(run)
+            code = 0
+        except UserError as error:
+            code = error.exit_code
+            _record(failure, run, error, str(error), code)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        except Exception as error:  # noqa: BLE001 - every failure is recorded for the driver
+            code = 1
+            _record(failure, run, error, _remedy(error), code)
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    faulthandler.disable()
+    # Not sys.exit: other ranks may wait in a collective for ever while a destructor waits for them.
+    os._exit(code)
+
+
+def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) -> None:
+    write_json_atomic(
+        path,
+        {
+            "rank": run.rank,
+            "phase": run.phase_name,
+            "type": type(error).__name__,
+            "message": str(error),
+            "remedy": remedy,
+            "traceback": "".join(traceback.format_exception(error)),
+            "exit_code": code,
+        },
+    )
+
+
+def _remedy(error: Exception) -> str:
+    name, text = type(error).__name__, str(error).lower()
+    if name == "OutOfMemoryError" or "out of memory" in text or "can't allocate memory" in text:
+        return OOM_REMEDY
+    return ""
+
+
+class Tee:
+    """Writes to the console and to the rank's log file; the log gets whole lines, not bars."""
+
+    def __init__(self, console: TextIO, log: IO[str]) -> None:
+        self.console, self.log = console, log
+
+    def write(self, text: str) -> int:
+        self.console.write(text)
+        self.log.write(text.replace("\r", "\n"))
+        return len(text)
+
+    def flush(self) -> None:
+        self.console.flush()
+        self.log.flush()
+
+    def isatty(self) -> bool:
+        return self.console.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.console, name)
+
+
+def _die_with_launcher() -> None:
+    """On Linux the kernel ends this process when the one that started it is gone."""
+    if sys.platform == "linux" and os.environ.get("LOCAL_RANK") is not None:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _quiet_libraries() -> None:
+    """Library chatter goes to no console; their warnings stay, once each, without ours hidden."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|peft)\b")

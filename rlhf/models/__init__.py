@@ -1,0 +1,26 @@
+"""Models: names, families, policy (causal) and scalar (reward, critic) models, adapters, saving."""
+
+from rlhf.models.causal import CausalModel, load_causal
+from rlhf.models.info import check_positions, describe
+from rlhf.models.loading import choose_dtype
+from rlhf.models.save import Snapshot, model_card
+from rlhf.models.scalar import ScalarModel, last_values, load_scalar
+from rlhf.models.spec import cache_root, materialise
+from rlhf.models.tokenizer import fingerprint, load_tokenizer
+
+__all__ = [
+    "CausalModel",
+    "ScalarModel",
+    "Snapshot",
+    "cache_root",
+    "check_positions",
+    "choose_dtype",
+    "describe",
+    "fingerprint",
+    "last_values",
+    "load_causal",
+    "load_scalar",
+    "load_tokenizer",
+    "materialise",
+    "model_card",
+]

@@ -1,0 +1,126 @@
+"""Low-rank adapters through peft: adding them, and merging them without touching the live model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLora
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from rlhf.config.schema import LoraConfig
+from rlhf.engine.zero3 import gathered
+from rlhf.errors import ConfigError
+
+
+def plain(model: Any) -> Any:
+    """The Hugging Face model inside peft's wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def add_adapters(model: Any, lora: LoraConfig, *, task: str, dropout: bool) -> Any:
+    """Wraps the model when `lora.rank` is not 0. A scalar head is trained in full.
+
+    Raises:
+        ConfigError: target modules that the model does not have.
+    """
+    if not lora.rank:
+        return model
+    layers = None
+    if lora.last_layers:
+        total = model.config.get_text_config().num_hidden_layers
+        layers = list(range(max(0, total - lora.last_layers), total))
+    config = PeftLora(
+        task_type=task,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout if dropout else 0.0,
+        target_modules=_targets(model, lora),
+        layers_to_transform=layers,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora.target_modules {lora.target_modules!r} do not fit "
+            f"{type(model).__name__}: {error}. Use `all-linear` or names of its linear layers."
+        ) from error
+
+
+def _targets(model: Any, lora: LoraConfig) -> Any:
+    """peft refuses `all-linear` together with a choice of layers: list the names ourselves."""
+    if lora.target_modules != "all-linear" or not lora.last_layers:
+        return lora.target_modules
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    score = getattr(model, "score", None)
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+            and module is not head
+            and module is not score
+        }
+    )
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Within, the model answers as its frozen base does."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def merged_state(model: Any, keep: bool) -> dict[str, torch.Tensor]:
+    """The plain Hugging Face state dict on CPU, adapters added into the weights they adapt.
+
+    Collective under ZeRO-3: every rank calls it; only those with `keep` get the tensors. Tied
+    weights appear once, under their first name.
+    """
+    hf = plain(model)
+    state: dict[str, torch.Tensor] = {}
+    adapted = {name: m for name, m in hf.named_modules() if isinstance(m, LoraLayer)}
+    for name, module in adapted.items():
+        with gathered(module.parameters()), torch.no_grad():
+            if keep:
+                base = module.get_base_layer()
+                delta = module.get_delta_weight("default")
+                state[f"{name}.weight"] = (base.weight + delta.to(base.weight.dtype)).cpu()
+    for name, parameter in hf.named_parameters():
+        key = _plain_key(name)
+        if key is None or key in state:
+            continue
+        with gathered([parameter]):
+            if keep:
+                state[key] = parameter.detach().cpu().clone()
+    if keep:
+        saved = set(hf.state_dict().keys())
+        for name, buffer in hf.named_buffers():
+            if name in saved and "lora_" not in name:
+                state[name] = buffer.detach().cpu().clone()
+    return state
+
+
+def _plain_key(name: str) -> str | None:
+    """A parameter's name without peft's insertions; None for parameters that only peft has."""
+    if "lora_" in name or ".original_module." in name:
+        return None
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+
+
+def adapter_state(model: PeftModel, keep: bool) -> dict[str, torch.Tensor]:
+    """The adapters' own parameters on CPU, with peft's names; collective under ZeRO-3."""
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:
+            with gathered([parameter]):
+                if keep:
+                    state[name] = parameter.detach().cpu().clone()
+    return state

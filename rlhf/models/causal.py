@@ -1,0 +1,132 @@
+"""The policy: a causal language model that answers with log-probs, never with full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf.algo.logprobs import log_probs_from_hidden
+from rlhf.config.schema import EngineConfig, ModelConfig
+from rlhf.engine import comm
+from rlhf.engine.zero3 import is_sharded, sharded_loading
+from rlhf.models.adapters import add_adapters, plain
+from rlhf.models.families import logit_transform, no_dropout, takes_position_ids
+from rlhf.models.loading import explain_load_errors, load_arguments
+
+HEAD_CHUNK = 256  # token rows of logits alive at once: 256 x 50k x 4 bytes = 51 MB
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids for padded rows: cumsum(mask) - 1, 0 on left pads. (B, T) -> (B, T) int64."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+class Backbone(torch.nn.Module):
+    """Shared by policy and scalar model: runs the decoder without its head."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> Any:
+        return plain(self.model).config
+
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids and bool mask -> (B, T, D) last hidden states."""
+        decoder = plain(self.model).base_model
+        extra = {}
+        if takes_position_ids(decoder):
+            extra["position_ids"] = positions(attention_mask)
+        # Without padding the mask says nothing, and attention kernels are faster without it.
+        mask = None if attention_mask.all() else attention_mask.long()
+        return decoder(
+            input_ids=input_ids, attention_mask=mask, use_cache=False, **extra
+        ).last_hidden_state
+
+
+class CausalModel(Backbone):
+    """Wraps a Hugging Face causal LM (perhaps with peft adapters) as `.model`."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        score_mask: torch.Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs of the tokens that count.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) bool, False on pads.
+            score_mask: (B, T) bool; position t counts the prediction of `input_ids[:, t]`.
+            temperature: logits are divided by it.
+            with_entropy: also the entropy of each predicted distribution, in nats.
+
+        Returns:
+            log_probs (B, T) fp32, 0 where not counted; entropy likewise, or None.
+        """
+        hidden = self.hidden(input_ids, attention_mask)[:, :-1]
+        causal = plain(self.model)
+        log_probs, entropy = log_probs_from_hidden(
+            hidden,
+            causal.get_output_embeddings(),
+            input_ids[:, 1:],
+            temperature=temperature,
+            chunk=HEAD_CHUNK,
+            min_calls=self._head_calls(input_ids),
+            mask=score_mask[:, 1:],
+            logit_transform=logit_transform(causal.config),
+            with_entropy=with_entropy,
+        )
+        pad = (1, 0)
+        log_probs = torch.nn.functional.pad(log_probs, pad)
+        return log_probs, None if entropy is None else torch.nn.functional.pad(entropy, pad)
+
+    def _head_calls(self, input_ids: torch.Tensor) -> int:
+        """Under ZeRO-3 every head call is a collective: ranks agree on the largest number."""
+        if not is_sharded(self.model.parameters()):
+            return 1
+        calls = -(-input_ids[:, 1:].numel() // HEAD_CHUNK)
+        return int(comm.all_reduce(torch.tensor(calls, device=input_ids.device), "max"))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.generate(*args, **kwargs)
+
+
+def load_causal(
+    name: str,
+    settings: ModelConfig,
+    *,
+    engine: EngineConfig,
+    dtype: str,
+    pad_token_id: int,
+    vocab_size: int,
+    dropout: bool,
+) -> CausalModel:
+    """Reads a causal LM: a directory or hub id.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16".
+        vocab_size: the tokenizer's; embeddings grow to it if it added tokens.
+        dropout: False sets every dropout to 0, as step 3 needs.
+    """
+    with explain_load_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    if not dropout:
+        no_dropout(config)
+    with explain_load_errors(name), sharded_loading(engine, dtype=dtype):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, **load_arguments(settings, dtype)
+        )
+        if vocab_size > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(vocab_size)
+    model.config.pad_token_id = pad_token_id
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return CausalModel(add_adapters(model, settings.lora, task="CAUSAL_LM", dropout=dropout))

@@ -1,0 +1,55 @@
+"""What all model loading shares: dtype, arguments, and errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rlhf.config.schema import ModelConfig
+from rlhf.errors import ConfigError, RequirementError
+
+
+def choose_dtype(wanted: str) -> str:
+    """`auto` is bfloat16 on a GPU that has it, float32 elsewhere.
+
+    Raises:
+        ConfigError: float16 without a GPU, which DeepSpeed rejects.
+    """
+    gpu = torch.cuda.is_available()
+    if wanted == "auto":
+        return "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+    if wanted == "float16" and not gpu:
+        raise ConfigError("dtype float16 needs a GPU: use bfloat16 or float32 on CPU.")
+    return wanted
+
+
+def load_arguments(settings: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`: safetensors only, so that no pickle is ever read."""
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "use_safetensors": True,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if settings.attn_implementation:
+        arguments["attn_implementation"] = settings.attn_implementation
+    return arguments
+
+
+@contextmanager
+def explain_load_errors(name: str) -> Iterator[None]:
+    """Turns the libraries' load errors into what the user can do about them."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise RequirementError(
+            f"model {name!r} cannot be loaded: {first_line}\n"
+            f"It must be a directory with config.json and safetensors weights, or a repository "
+            f"of that kind on {endpoint}. Check the name, pass --hf-endpoint for a mirror, or "
+            "download it elsewhere and give its path."
+        ) from error

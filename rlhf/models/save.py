@@ -1,0 +1,65 @@
+"""Writing a trained model as a plain Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf.engine import comm
+from rlhf.models.adapters import adapter_state, merged_state, plain
+
+
+class Snapshot:
+    """A model's whole weights in this process's memory (rank 0), ready to be written.
+
+    Taking one is collective; writing one is not.
+    """
+
+    def __init__(self, module: Any) -> None:
+        keep = comm.rank() == 0
+        self.model = module.model
+        self.state = merged_state(self.model, keep)
+        self.adapters = None
+        if isinstance(self.model, PeftModel):
+            self.adapters = adapter_state(self.model, keep)
+
+    def write(
+        self,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        card: str,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        """Config, safetensors, tokenizer with its template, generation config, model card.
+
+        Adapters are merged; they are also kept apart in `adapter/`, as peft saves them.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        live = plain(self.model)
+        with torch.device("meta"):
+            skeleton = type(live)(live.config)
+        if skeleton.can_generate():
+            skeleton.generation_config = GenerationConfig(
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                **(generation or {}),
+            )
+        skeleton.save_pretrained(directory, state_dict=self.state)
+        tokenizer.save_pretrained(directory)
+        (directory / "README.md").write_text(card)
+        if self.adapters is not None:
+            self.model.save_pretrained(
+                directory / "adapter", state_dict=self.adapters, save_embedding_layers=False
+            )
+
+
+def model_card(title: str, *, base: str, lines: list[str]) -> str:
+    """A short model card: what it is, what it came from, what was measured."""
+    facts = "\n".join(f"- {line}" for line in lines)
+    return f"---\nlibrary_name: transformers\n---\n# {title}\n\nStarted from `{base}`.\n\n{facts}\n"

@@ -1,0 +1,311 @@
+"""Our rollout engine: rows retire when they end, waiting prompts take their places.
+
+Per generate: prompts wait in order of length, longest first. Each turn is exactly one forward:
+either a prefill of waiting prompts (a prompt with n samples once, its cache repeated) or one
+decode step of all live rows. Which random number a token consumes depends on its row and position
+alone, so batch size and company do not change what is sampled.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.rollout import RolloutEngine, RolloutRequest, SamplingConfig
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf.errors import ConfigError
+from rlhf.rollout.attention import lean_attention
+from rlhf.rollout.generation import (
+    Generation,
+    assemble,
+    base_model,
+    causal_lm,
+    check_fits,
+    evaluating,
+    prompt_lengths,
+    special_ids,
+)
+from rlhf.rollout.sampling import choose
+from rlhf.rollout.slab import Slab
+from rlhf.rollout.stopping import StopStrings
+
+# Spare columns for rows that join late; live columns are moved once in so many steps.
+_SPARE_COLUMNS = 64
+# Waiting prompts join when this share of the slots is free: prefills of one row cost too much.
+_REFILL_SHARE = 8
+
+
+@dataclass
+class RolloutStats:
+    """Work done by the last generate: forwards, prompt rows prefilled, row-steps decoded."""
+
+    prefills: int = 0
+    prefilled_rows: int = 0
+    decodes: int = 0
+    decoded_rows: int = 0
+    idle: int = 0
+
+
+class ContinuousRollout(RolloutEngine):
+    """See the module. `engine.module` is, or has as `.model`, a Hugging Face causal LM.
+
+    Args:
+        batch_size: rows decoded at once.
+        stop: strings that end an answer.
+        seed, rank: the generator is seeded with seed + 100003 * rank (ALGORITHM.md 19).
+        gather: makes a context that is entered once per generate, e.g. to gather ZeRO-3
+            parameters.
+        lockstep: every rank calls forward equally often (ZeRO-3 without `gather`).
+    """
+
+    name = "continuous"
+
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        rank: int = 0,
+        gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        lockstep: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"rollout batch_size {batch_size} must be at least 1")
+        self.engine = engine
+        self.batch_size = batch_size
+        self.pad, self.eos = special_ids(tokenizer)
+        self.stop = StopStrings(tokenizer, stop)
+        self.gather = gather
+        self.lockstep = lockstep
+        self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
+        self.stats = RolloutStats()
+
+    @torch.no_grad()
+    def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> Generation:
+        """Answer every prompt `sampling.n_samples_per_prompt` times.
+
+        Raises:
+            ValueError: the request is empty or not left-padded.
+            ConfigError: prompt + answer exceed the model's positions.
+            FloatingPointError: the model's logits are not finite.
+        """
+        model = causal_lm(self.engine.module)
+        run = _Run(self, model, request, sampling)
+        with self.gather(), evaluating(self.engine.module), lean_attention(model):
+            while run.turn():
+                pass
+        self.stats = run.stats
+        return run.result()
+
+    def sync_weights(self, step: int) -> None:
+        """Nothing to do: generation reads the trained weights themselves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state, for an exact resume."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the random state of `state_dict`."""
+        self.generator.set_state(state["generator"])
+
+
+class _Run:
+    """One generate: N answers of at most A tokens, on up to `slots` rows at once."""
+
+    def __init__(
+        self,
+        owner: ContinuousRollout,
+        model: Any,
+        request: RolloutRequest,
+        sampling: SamplingConfig,
+    ) -> None:
+        self.owner, self.request, self.sampling = owner, request, sampling
+        self.forward = _Forward(model)
+        self.stats = RolloutStats()
+        self.samples, self.limit = sampling.n_samples_per_prompt, sampling.max_new_tokens
+        self.lengths = prompt_lengths(request)
+        self.longest = int(self.lengths.max())
+        check_fits(model, self.longest, self.limit)
+
+        device = request.prompt_ids.device
+        order = self.lengths.argsort(descending=True, stable=True)
+        rows = order[:, None] * self.samples + torch.arange(self.samples, device=device)
+        self.waiting = rows.flatten()  # answers not begun, by prompt, longest first
+        total = len(self.waiting)
+        # A prompt's samples join together, so that it is prefilled once.
+        self.unit = self.samples if self.samples <= owner.batch_size else 1
+        self.slots = min(owner.batch_size // self.unit * self.unit, total)
+        self.slab: Slab | None = None
+        self.live = 0
+        # Per slot: which answer, tokens so far, last token, its position.
+        self.state = torch.zeros(4, self.slots, dtype=torch.long, device=device)
+
+        self.answers = torch.full((total, self.limit), owner.pad, device=device)
+        self.log_probs = torch.zeros(total, self.limit, device=device)
+        self.counts = torch.zeros(total, dtype=torch.long, device=device)
+        self.ended = torch.zeros(total, dtype=torch.bool, device=device)
+        draws = torch.rand(total, self.limit, dtype=torch.float64, generator=owner.generator)
+        self.uniform = draws.to(device)
+
+    def turn(self) -> bool:
+        """One forward; False when there is nothing left to do, on any rank if in lockstep."""
+        busy = self.live > 0 or len(self.waiting) > 0
+        if self.owner.lockstep and not _any_rank(busy, self.state.device):
+            return False
+        if not busy:
+            if self.owner.lockstep:
+                self.forward.idle(self.state.device)
+                self.stats.idle += 1
+            return self.owner.lockstep
+        joining = self._joining()
+        if joining:
+            self._prefill(joining)
+        else:
+            self._decode()
+        return True
+
+    def result(self) -> Generation:
+        if not bool(torch.isfinite(self.log_probs).all()):
+            raise FloatingPointError(
+                "rollout: the policy's logits are not finite; its weights have diverged: go back "
+                "to an earlier checkpoint with a lower learning rate"
+            )
+        return assemble(
+            self.request,
+            self.samples,
+            self.answers,
+            self.counts,
+            self.ended,
+            self.owner.pad,
+            self.log_probs,
+        )
+
+    def _joining(self) -> int:
+        """How many waiting answers to begin now; 0 to decode."""
+        free = self.slots - self.live
+        take = min(free // self.unit * self.unit, len(self.waiting))
+        enough = min(max(self.slots // _REFILL_SHARE, self.unit), len(self.waiting))
+        return take if self.live == 0 or take >= enough else 0
+
+    def _prefill(self, count: int) -> None:
+        rows, self.waiting = self.waiting[:count], self.waiting[count:]
+        prompts, source = torch.unique_consecutive(rows // self.samples, return_inverse=True)
+        lengths = self.lengths[prompts]
+        width = int(lengths.max())
+        cache = DynamicCache()  # without a config every layer is kept at full length
+        logits = self.forward(
+            self.request.prompt_ids[prompts, -width:],
+            self.request.prompt_attention_mask[prompts, -width:].bool(),
+            cache,
+        )
+        if self.slab is None:
+            spare = min(self.limit, _SPARE_COLUMNS) if len(self.waiting) else 0
+            self.slab = Slab(cache, self.slots, self.longest + self.limit + spare)
+        self.slab.append(cache, source, lengths[source])
+        self.stats.prefills += 1
+        self.stats.prefilled_rows += len(prompts)
+
+        first, self.live = self.live, self.live + count
+        joined = self.state[:, first : self.live]
+        joined[0], joined[1], joined[3] = rows, 0, lengths[source] - 1
+        self._record(first, logits[source])
+
+    def _decode(self) -> None:
+        assert self.slab is not None
+        self.slab.make_room()
+        _, _, tokens, positions = self.state[:, : self.live]
+        logits = self.forward(tokens[:, None], self.slab.mask, self.slab.cache, positions[:, None])
+        self.slab.step()
+        self.stats.decodes += 1
+        self.stats.decoded_rows += self.live
+        self._record(0, logits)
+
+    def _record(self, first: int, logits: Tensor) -> None:
+        """Sample for the slots from `first` on, note the tokens, retire rows that are done."""
+        rows, counts, tokens, positions = self.state[:, first : self.live]
+        sampling = self.sampling
+        chosen, log_probs = choose(
+            logits,
+            self.uniform[rows, counts],
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+        self.answers[rows, counts] = chosen
+        self.log_probs[rows, counts] = log_probs
+        tokens.copy_(chosen)
+        counts += 1
+        positions += 1
+        ended = chosen == self.owner.eos
+        if self.owner.stop:
+            ended |= self.owner.stop.completed(self.answers[rows], counts)
+        done = ended | (counts >= self.limit)
+        finished = done.nonzero().squeeze(1)  # the step's one host synchronisation
+        if len(finished):
+            self.counts[rows[finished]] = counts[finished]
+            self.ended[rows[finished]] = ended[finished]
+            self._retire(finished + first)
+
+    def _retire(self, finished: Tensor) -> None:
+        """Drop slots: live rows from the tail move into the holes, so few rows are copied."""
+        assert self.slab is not None
+        remaining = self.live - len(finished)
+        gone = torch.zeros(self.live, dtype=torch.bool, device=finished.device)
+        gone[finished] = True
+        holes = gone[:remaining].nonzero().squeeze(1)
+        movers = remaining + (~gone[remaining:]).nonzero().squeeze(1)
+        self.state[:, holes] = self.state[:, movers]
+        self.slab.retire(holes, movers, remaining)
+        self.live = remaining
+
+
+class _Forward:
+    """Calls the model for the logits of the last position."""
+
+    def __init__(self, model: Any) -> None:
+        base = base_model(model)
+        if getattr(base, "_is_stateful", False):
+            raise ConfigError(
+                f"{type(base).__name__} keeps a recurrent state, which the continuous rollout "
+                "does not support: set rollout.engine to hybrid"
+            )
+        accepted = inspect.signature(base.forward).parameters
+        self._model = model
+        self._positions = "position_ids" in accepted
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor, cache: Any, positions: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, V) after ids (B, T), given mask (B, cached + T)."""
+        options: dict[str, Any] = dict(self._options)
+        if self._positions:
+            if positions is None:
+                positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            options["position_ids"] = positions
+        output = self._model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+        )
+        return output.logits[:, -1]
+
+    def idle(self, device: torch.device) -> None:
+        """The smallest forward, to take part in other ranks' parameter gathering."""
+        self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    if not dist.is_initialized():
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,152 @@
+"""DeepSpeed's own rollout (HybridEngineRollout over `engine.module.generate`) as a Generation.
+
+It always generates `max_new_tokens`, samples from torch's global random state and knows no stop
+strings: here the state is forked and seeded, and answers are cut afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from deepspeed.runtime.rollout import (
+    HybridEngineRollout,
+    RolloutEngine,
+    RolloutRequest,
+    SamplingConfig,
+)
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from rlhf.errors import ConfigError
+from rlhf.rollout.generation import (
+    Generation,
+    assemble,
+    base_model,
+    causal_lm,
+    check_fits,
+    evaluating,
+    prompt_lengths,
+    special_ids,
+)
+from rlhf.rollout.stopping import StopStrings
+
+
+class HybridRollout(RolloutEngine):
+    """Adapter; `log_probs` is None, the trainer computes them.
+
+    `engine` is a DeepSpeedEngine, a DeepSpeedHybridEngine (GPU) or anything with `.module` that
+    has `.generate`. Arguments as in ContinuousRollout; `lockstep` needs nothing, since every rank
+    always takes `max_new_tokens` steps: give all ranks equally many prompts.
+    """
+
+    name = "hybrid"
+
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        rank: int = 0,
+        gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        lockstep: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"rollout batch_size {batch_size} must be at least 1")
+        self.engine = engine
+        self.batch_size = batch_size
+        self.pad, self.eos = special_ids(tokenizer)
+        self.stop = StopStrings(tokenizer, stop)
+        self.gather = gather
+        self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
+        self._rollout = HybridEngineRollout(engine, tokenizer)
+
+    @torch.no_grad()
+    def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> Generation:
+        """Answer every prompt; errors as in ContinuousRollout.generate."""
+        module, samples = self.engine.module, sampling.n_samples_per_prompt
+        model = causal_lm(module)
+        check_fits(model, int(prompt_lengths(request).max()), sampling.max_new_tokens)
+        width, limit = request.prompt_ids.shape[1], sampling.max_new_tokens
+        plain = replace(sampling, continuous_batch_size=None)
+        prompts = max(1, self.batch_size // samples)
+        parts = []
+        with self.gather(), _evaluating(self.engine), _plain_generation(model), self._random():
+            for ids, mask in zip(
+                request.prompt_ids.split(prompts),
+                request.prompt_attention_mask.split(prompts),
+                strict=True,
+            ):
+                batch = self._rollout.generate(RolloutRequest(ids, mask), plain)
+                part = batch.input_ids[:, width:]
+                missing = limit - part.shape[1]
+                parts.append(nn.functional.pad(part, (0, missing), value=self.pad))
+        answers = torch.cat(parts)
+        lengths, ended = self._ends(answers)
+        return assemble(request, samples, answers, lengths, ended, self.pad)
+
+    def sync_weights(self, step: int) -> None:
+        """Nothing to do: generation reads the trained weights themselves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state, for an exact resume."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the random state of `state_dict`."""
+        self.generator.set_state(state["generator"])
+
+    @contextmanager
+    def _random(self) -> Iterator[None]:
+        """torch's random state seeded from our generator inside, unchanged after."""
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+
+    def _ends(self, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Lengths (B,) and ended (B,) from the first EOS or stop string in answers (B, A)."""
+        is_eos = answers == self.eos
+        ended = is_eos.any(dim=1)
+        limit = torch.full_like(answers[:, 0], answers.shape[1])
+        lengths = torch.where(ended, is_eos.long().argmax(dim=1) + 1, limit)
+        if self.stop:
+            stops = self.stop.first_ends(answers, lengths)
+            lengths = torch.where(stops > 0, stops, lengths)
+            ended = ended | (stops > 0)
+        return lengths, ended
+
+
+@contextmanager
+def _evaluating(engine: Any) -> Iterator[None]:
+    """`evaluating`, through the engine's own switch where it has one: DeepSpeedHybridEngine
+    swaps its inference kernels in and out there."""
+    with evaluating(engine.module):
+        switch = isinstance(engine, nn.Module) and engine.training
+        if switch:
+            engine.eval()
+        try:
+            yield
+        finally:
+            if switch:
+                engine.train()
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Hide the model's generation defaults (repetition penalty, sampling filters, other EOS
+    ids): the policy that is scored must be the one that samples (ALGORITHM.md 14)."""
+    base = base_model(model)
+    before = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before

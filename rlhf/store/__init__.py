@@ -1,0 +1,44 @@
+"""Run directories and artifacts: written atomically, proven before use. Imports no torch."""
+
+from rlhf.store.jsonio import (
+    canonical_json,
+    fingerprint,
+    jsonable,
+    pretty_json,
+    read_json,
+    write_json_atomic,
+)
+from rlhf.store.layout import ARTIFACTS, STEP_DIRS, RunDir
+from rlhf.store.manifest import (
+    KINDS,
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    ParentRecord,
+    read_manifest,
+    verify,
+)
+from rlhf.store.publishing import library_versions, publish
+from rlhf.store.tokenizer import tokenizer_fingerprint
+
+__all__ = [
+    "ARTIFACTS",
+    "KINDS",
+    "MANIFEST",
+    "STEP_DIRS",
+    "FileRecord",
+    "Manifest",
+    "ParentRecord",
+    "RunDir",
+    "canonical_json",
+    "fingerprint",
+    "jsonable",
+    "library_versions",
+    "pretty_json",
+    "publish",
+    "read_json",
+    "read_manifest",
+    "tokenizer_fingerprint",
+    "verify",
+    "write_json_atomic",
+]

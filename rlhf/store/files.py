@@ -1,0 +1,180 @@
+"""What the store needs from a file system: scanning, hashing, fsync, exchange, locks, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rlhf.errors import ArtifactError, UserError
+
+CHUNK = 1 << 20
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another --output-dir",
+    errno.EDQUOT: "your disk quota is used up: free some space, or choose another --output-dir",
+    errno.EFBIG: "the file system or a limit (ulimit -f) refuses files of this size",
+    errno.EROFS: "choose a writable --output-dir",
+    errno.EACCES: "give yourself write permission, or choose another --output-dir",
+    errno.EPERM: "give yourself write permission, or choose another --output-dir",
+    errno.ENOTDIR: "a file is in the way: remove it, or choose another --output-dir or --name",
+    errno.EEXIST: "a file is in the way: remove it, or choose another --output-dir or --name",
+    errno.ENAMETOOLONG: "choose a shorter --output-dir or --name",
+    errno.EIO: "the disk reports an input/output error: choose another --output-dir",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[None]:
+    """Turns what a disk can do to us while writing `path` into a `kind` that names the remedy.
+
+    Libraries in other languages (safetensors, torch) report a full disk as RuntimeError and the
+    like, with the system's text in the message; that is recognised too. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code is None and os.strerror(errno.ENOSPC).lower() in str(error).lower():
+            code = errno.ENOSPC
+        if code not in _REMEDIES:
+            raise
+        where = getattr(error, "filename", None)
+        at = f" (at {where})" if where and str(where) != str(path) else ""
+        raise kind(
+            f"{path}: cannot be written: {os.strerror(code)}{at}; {_REMEDIES[code]}. "
+            "What was there before is intact"
+        ) from error
+
+
+def scan(directory: Path) -> dict[str, int]:
+    """Relative POSIX path -> size, of every file below `directory`.
+
+    Raises ArtifactError for symbolic links, devices, pipes and sockets: what they lead to is not
+    in the directory and no hash vouches for it.
+    """
+    sizes: dict[str, int] = {}
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(directory / prefix) as entries:
+            for entry in entries:
+                relative = f"{prefix}{entry.name}"
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append(relative + "/")
+                elif stat.S_ISREG(status.st_mode):
+                    sizes[relative] = status.st_size
+                else:
+                    what = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a file"
+                    raise ArtifactError(
+                        f"{directory}: {relative!r} is {what}; an artifact holds only regular "
+                        "files: replace it by a copy of the file and publish again"
+                    )
+    return sizes
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading `path`; raises OSError if its last part is a symbolic link."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file, read in pieces. Raises OSError."""
+    with open(open_regular(path), "rb", buffering=0) as stream:
+        if sys.version_info >= (3, 11):
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _digest_loop(stream)
+
+
+def _digest_loop(stream) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
+    while count := stream.readinto(buffer):
+        digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def hash_files(directory: Path, relative: Iterable[str]) -> dict[str, str]:
+    """Path -> sha256 for many files; a few at a time, since hashlib releases the GIL.
+
+    Raises OSError for the first (in the given order) that cannot be read.
+    """
+    names = list(relative)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: sha256_of(directory / name), names)
+        return dict(zip(names, digests, strict=True))
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flushes every file and every directory below (and with) `directory` to the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            descriptor = open_regular(Path(folder, name))
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_directory(Path(folder))
+
+
+def fsync_directory(directory: Path) -> None:
+    """Makes renames within `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Deletes a directory tree, a file, or a link (never what the link points to)."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swaps two names in one step (Linux renameat2). False where system or disk cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd, exchange_flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange_flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Holds `directory`'s lock; the system frees it when the process dies, however it dies.
+
+    Raises ArtifactError if another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ArtifactError(
+                    f"{directory}: another process is publishing here now; one run directory "
+                    "takes one run at a time: wait for it, or choose another --name"
+                ) from error
+            # NFS cannot lock a directory (EBADF, ENOLCK): there the user keeps runs apart.
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        yield
+    finally:
+        os.close(descriptor)

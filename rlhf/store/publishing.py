@@ -1,0 +1,161 @@
+"""Publishing an artifact: all of it appears, or nothing does."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import ArtifactError
+from rlhf.store.files import (
+    disk_errors,
+    exchange,
+    exclusive,
+    fsync_directory,
+    fsync_tree,
+    hash_files,
+    remove,
+    scan,
+)
+from rlhf.store.jsonio import fingerprint, jsonable, pretty_json
+from rlhf.store.manifest import MANIFEST, Manifest, path_problem
+
+PACKAGES = (
+    "rlhf-pipeline",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "accelerate",
+    "peft",
+)
+
+
+def publish(
+    step_dir: Path | str,
+    write: Callable[[Path], object],
+    *,
+    kind: str,
+    step: int,
+    parents: Mapping[str, Any],
+    data_fingerprint: str,
+    tokenizer_fingerprint: str,
+    config: Any,
+    metrics: Mapping[str, Any],
+    name: str = "artifact",
+) -> Manifest:
+    """Calls `write(directory)` on a temporary sibling and makes it `step_dir/name`, verified.
+
+    Until the last rename whatever was at `step_dir/name` stays as it was, however this ends.
+    `parents`: name -> {"path": directory or hub id, "id": manifest id or None}; `config` and
+    `metrics` may hold NaN (stored as text), paths and pydantic models.
+
+    One process calls this (rank 0). Raises ArtifactError: disk full, directory not writable,
+    another process publishing here, `write` made no file, a link, or an unusable name; and, before
+    `write` is called, pydantic's ValidationError or TypeError for arguments that do not fit a
+    Manifest. What else `write` raises passes through.
+    """
+    destination = Path(step_dir) / name
+    if problem := path_problem(name):
+        raise ArtifactError(f"artifact name {name!r} {problem}: use a name such as 'artifact'")
+    content = jsonable(
+        {
+            "format": 1,
+            "kind": kind,
+            "step": step,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "parents": parents,
+            "data_fingerprint": data_fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "config": config,
+            "versions": library_versions(),
+            "metrics": metrics,
+        }
+    )
+    # A mistake in the arguments must show before hours of training are written and thrown away.
+    Manifest.model_validate({**content, "files": {}, "id": "0" * 64})
+    with disk_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(destination.parent):
+            clean(destination)
+            temporary = _sibling(destination, "tmp")
+            temporary.mkdir()
+            try:
+                write(temporary)
+                manifest = _finish(temporary, content)
+                _put(temporary, destination)
+            finally:
+                remove(temporary)
+    return manifest
+
+
+def clean(destination: Path) -> None:
+    """Removes what killed publishes left; an artifact that was set aside comes back first."""
+    aside = sorted(destination.parent.glob(f".{destination.name}.old-*"))
+    if aside and not os.path.lexists(destination):
+        os.rename(aside.pop(), destination)
+    for path in [*aside, *destination.parent.glob(f".{destination.name}.tmp-*")]:
+        remove(path)
+
+
+def library_versions() -> dict[str, str]:
+    """Version of Python and of each library that shapes an artifact, as far as installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _sibling(destination: Path, what: str) -> Path:
+    return destination.with_name(f".{destination.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _finish(directory: Path, content: dict[str, Any]) -> Manifest:
+    """Hashes what was written and writes the manifest, last."""
+    sizes = scan(directory)
+    for relative in sizes:
+        if problem := path_problem(relative):
+            raise ArtifactError(
+                f"{directory}: {relative!a} {problem}: it cannot be published under that name"
+            )
+    if not sizes:
+        raise ArtifactError(f"{directory}: nothing was written, so there is nothing to publish")
+    digests = hash_files(directory, sorted(sizes))
+    files = {path: {"sha256": digests[path], "size": sizes[path]} for path in sizes}
+    content = {**content, "files": files}
+    content["id"] = fingerprint(content)
+    manifest = Manifest.model_validate(content)
+    fsync_tree(directory)
+    with open(directory / MANIFEST, "x", encoding="ascii") as stream:
+        stream.write(pretty_json(content))
+        stream.flush()
+        os.fsync(stream.fileno())
+    fsync_directory(directory)
+    return manifest
+
+
+def _put(temporary: Path, destination: Path) -> None:
+    """Gives the finished directory its name; the old artifact is deleted after that."""
+    if not os.path.lexists(destination):
+        os.rename(temporary, destination)
+    elif not exchange(temporary, destination):
+        aside = _sibling(destination, "old")
+        os.rename(destination, aside)
+        try:
+            os.rename(temporary, destination)
+        except BaseException:
+            os.rename(aside, destination)
+            raise
+        fsync_directory(destination.parent)
+        remove(aside)
+    fsync_directory(destination.parent)

@@ -1,0 +1,206 @@
+"""Step 1: supervised fine-tuning. Read `main` from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from rlhf import data, models, track
+from rlhf.algo.losses import cross_entropy_sum
+from rlhf.data.batches import SFTBatch
+from rlhf.engine import comm
+from rlhf.engine.train import TrainEngine
+from rlhf.harness import StepRun, run_step
+
+
+def main(run: StepRun) -> None:
+    settings = run.config.step1
+    run.rank, world = comm.init_distributed()
+    torch.manual_seed(run.config.seed)
+
+    with run.phase("load the base model"):
+        with comm.rank_zero_first():
+            base = models.materialise(
+                settings.model.name or "tiny:llama",
+                made_in=run.directory.path / "base",
+                texts=lambda: data.texts(run.config.data),
+                seed=run.config.seed,
+            )
+        tokenizer = models.load_tokenizer(base, template=run.config.data.template)
+        dtype = models.choose_dtype(settings.model.dtype)
+        model = models.load_causal(
+            base,
+            settings.model,
+            engine=settings.engine,
+            dtype=dtype,
+            pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            dropout=True,
+        )
+        models.check_positions(model, settings.max_length)
+        run.say(models.describe(model, dtype))
+
+    with run.phase("read the data"):
+        rows = {split: _rows(run, tokenizer, split) for split in ("train", "eval")}
+
+    with run.phase("train"):
+        plans = [
+            data.plan_batches(
+                data.row_lengths(rows["train"].dataset),
+                batch_size=settings.train.batch_size,
+                micro_batch_size=settings.train.micro_batch_size,
+                rank=run.rank,
+                world_size=world,
+                seed=run.config.seed,
+                epoch=epoch,
+            )
+            for epoch in range(settings.train.epochs)
+        ]
+        total = sum(len(plan) for plan in plans)
+        total = min(total, settings.train.max_steps or total)
+        engine = TrainEngine(model, settings.engine, settings.optim, dtype=dtype, total_steps=total)
+        with (
+            track.open_tracker(
+                run.config.track,
+                run.step_dir,
+                step=1,
+                rank=run.rank,
+                config=run.config.model_dump(mode="json"),
+            ) as tracker,
+            track.progress(total, "SFT", run.rank) as bar,
+        ):
+            evaluation = train(
+                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar
+            )
+
+    with run.phase("publish"):
+        snapshot = models.Snapshot(engine.module)
+        card = models.model_card(
+            "SFT model",
+            base=settings.model.name or base,
+            lines=[f"held-out perplexity {evaluation['perplexity']:.3f}", f"{total} steps"],
+        )
+        run.publish(
+            lambda directory: snapshot.write(directory, tokenizer, card=card),
+            kind="sft",
+            data_fingerprint=rows["train"].fingerprint,
+            metrics=evaluation
+            | {"steps": total, "base": base, "data": rows["train"].report.to_dict()},
+            tokenizer_fingerprint=models.fingerprint(tokenizer),
+        )
+    comm.barrier()
+
+
+def _rows(run: StepRun, tokenizer: Any, split: str) -> Any:
+    settings = run.config.step1
+    with comm.rank_zero_first():
+        rows = data.prepare(
+            run.config.data,
+            1,
+            tokenizer,
+            seed=run.config.seed,
+            max_prompt_length=settings.max_prompt_length,
+            max_length=settings.max_length,
+            response_column=settings.response_column,
+            split=split,
+        )
+    for line in rows.report.lines():
+        run.say(f"{split} data: {line}")
+    return rows
+
+
+def train(
+    run: StepRun,
+    engine: TrainEngine,
+    rows: dict[str, Any],
+    plans: list[list[list[list[int]]]],
+    total: int,
+    pad_id: int,
+    tracker: Any,
+    bar: Any,
+) -> dict[str, float]:
+    """All epochs; returns the last evaluation."""
+    settings = run.config.step1
+    dataset = rows["train"].dataset
+    step, evaluation = 0, {}
+    for epoch, plan in enumerate(plans):
+        for micro_batches in plan[: total - step]:
+            batches = [
+                data.collate_sft(
+                    dataset.select(index).to_list(), pad_id, prompt_loss=settings.prompt_loss
+                ).to(engine.device)
+                for index in micro_batches
+            ]
+            stats = sft_step(engine, batches)
+            step += 1
+            bar.update(1, loss=stats["loss"])
+            if step % settings.train.log_every == 0 or step == total:
+                tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
+            if settings.train.eval_every and step % settings.train.eval_every == 0:
+                tracker.log(_named(evaluate(run, engine, rows["eval"].dataset, pad_id)), step)
+        evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
+        tracker.log(_named(evaluation), step)
+        bar.write(f"epoch {epoch + 1}: held-out perplexity {evaluation['perplexity']:.3f}")
+        if step >= total:
+            break
+    return evaluation
+
+
+def sft_step(engine: TrainEngine, batches: list[SFTBatch]) -> dict[str, float]:
+    """One optimiser step; the loss is the mean over all counted tokens of all ranks."""
+    counted = sum(int((batch.labels[:, 1:] != data.IGNORED).sum()) for batch in batches)
+    tokens = comm.sum_over_ranks({"tokens": counted})["tokens"]
+    total = 0.0
+
+    def loss_of(batch: SFTBatch) -> torch.Tensor:
+        nonlocal total
+        loss, _ = _nll(engine, batch)
+        total += float(loss.detach())
+        return loss / max(tokens, 1.0)
+
+    rate = engine.learning_rate
+    norm = engine.step(batches, loss_of)
+    nll = comm.sum_over_ranks({"nll": total})["nll"]
+    return {
+        "loss": nll / max(tokens, 1.0),
+        "tokens": tokens,
+        "grad_norm": norm,
+        "learning_rate": rate,
+    }
+
+
+def _nll(engine: Any, batch: SFTBatch) -> tuple[torch.Tensor, Any]:
+    mask = batch.labels != data.IGNORED
+    mask[:, 0] = False  # nothing predicts the first token
+    log_probs, _ = engine(batch.input_ids, batch.attention_mask, mask)
+    return cross_entropy_sum(log_probs, mask)
+
+
+def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> dict[str, float]:
+    """Perplexity per answer token over the held-out rows, all ranks together."""
+    plan = data.whole_pass(
+        data.row_lengths(dataset),
+        micro_batch_size=run.config.step1.train.eval_batch_size,
+        rank=run.rank,
+        world_size=comm.world_size(),
+    )
+    sums = {"nll": 0.0, "tokens": 0.0}
+    with engine.evaluating():
+        for index in plan:
+            batch = data.collate_sft(dataset.select(index).to_list(), pad_id).to(engine.device)
+            nll, stats = _nll(engine, batch)
+            sums["nll"] += float(nll)
+            sums["tokens"] += float(stats["tokens"])
+    sums = comm.sum_over_ranks(sums)
+    loss = sums["nll"] / max(sums["tokens"], 1.0)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 80.0)), "tokens": sums["tokens"]}
+
+
+def _named(evaluation: dict[str, float]) -> dict[str, float]:
+    return {f"eval/{key}": value for key, value in evaluation.items()}
+
+
+if __name__ == "__main__":
+    run_step(1, main)

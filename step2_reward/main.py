@@ -1,0 +1,264 @@
+"""Step 2: the reward model, from pairs. Read `main` from top to bottom."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from rlhf import data, models, track
+from rlhf.algo.losses import pairwise_loss, token_wise_pairwise_loss
+from rlhf.data.batches import PairBatch
+from rlhf.engine import comm
+from rlhf.engine.train import TrainEngine
+from rlhf.errors import ArtifactError
+from rlhf.harness import StepRun, run_step
+from rlhf.report.reward_metrics import pair_metrics
+
+
+def main(run: StepRun) -> None:
+    settings = run.config.step2
+    run.rank, world = comm.init_distributed()
+    torch.manual_seed(run.config.seed)
+
+    with run.phase("load the model to start from"):
+        base, tokenizer = _base(run)
+        dtype = models.choose_dtype(settings.model.dtype)
+        model = models.load_scalar(
+            base,
+            settings.model,
+            engine=settings.engine,
+            dtype=dtype,
+            pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            new_head=True,
+            seed=run.config.seed,
+            dropout=True,
+        )
+        models.check_positions(model, settings.max_length or 0)
+        run.say(models.describe(model, dtype))
+
+    with run.phase("read the data"):
+        rows = {split: _rows(run, tokenizer, split) for split in ("train", "eval")}
+
+    with run.phase("train"):
+        plans = _plans(run, rows["train"].dataset, world)
+        total = sum(len(plan) for plan in plans)
+        total = min(total, settings.train.max_steps or total)
+        engine = TrainEngine(
+            model,
+            settings.engine,
+            settings.optim,
+            dtype=dtype,
+            total_steps=total,
+            head_learning_rate=settings.head_learning_rate,
+        )
+        with (
+            track.open_tracker(
+                run.config.track,
+                run.step_dir,
+                step=2,
+                rank=run.rank,
+                config=run.config.model_dump(mode="json"),
+            ) as tracker,
+            track.progress(total, "reward", run.rank) as bar,
+        ):
+            evaluation = train(
+                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar
+            )
+
+    with run.phase("publish"):
+        engine.module.set_statistics(evaluation["score_mean"], evaluation["score_std"])
+        snapshot = models.Snapshot(engine.module)
+        card = models.model_card(
+            "Reward model",
+            base=settings.model.name or base,
+            lines=[f"held-out {key} {value:.4f}" for key, value in evaluation.items()],
+        )
+        run.publish(
+            lambda directory: snapshot.write(directory, tokenizer, card=card),
+            kind="reward",
+            data_fingerprint=rows["train"].fingerprint,
+            metrics=evaluation
+            | {"steps": total, "base": base, "data": rows["train"].report.to_dict()},
+            tokenizer_fingerprint=models.fingerprint(tokenizer),
+        )
+    comm.barrier()
+
+
+def _base(run: StepRun) -> tuple[str, Any]:
+    """The model to start from, and the tokenizer, which must be the SFT model's."""
+    settings = run.config.step2
+    sft = run.resolved.parents.get("sft")
+    name = settings.model.name
+    if name is None:
+        base = run.parent("sft")
+        return base, models.load_tokenizer(base, template=None)
+    with comm.rank_zero_first():
+        base = models.materialise(
+            name,
+            made_in=run.directory.path / "base_reward",
+            texts=lambda: data.texts(run.config.data),
+            seed=run.config.seed,
+        )
+    tokenizer = models.load_tokenizer(base, template=run.config.data.template)
+    if sft is not None:
+        actors = models.fingerprint(models.load_tokenizer(sft, template=None))
+        ours = models.fingerprint(tokenizer)
+        if actors != ours:
+            raise ArtifactError(
+                f"step 2: the reward model's base {name!r} has tokenizer {ours[:12]}, the actor in "
+                f"{sft} has {actors[:12]}: both must read the same tokens. Leave out "
+                "--reward-model to start from the actor, or name a model of the same family."
+            )
+    return base, tokenizer
+
+
+def _rows(run: StepRun, tokenizer: Any, split: str) -> Any:
+    settings = run.config.step2
+    with comm.rank_zero_first():
+        rows = data.prepare(
+            run.config.data,
+            2,
+            tokenizer,
+            seed=run.config.seed,
+            max_prompt_length=settings.max_prompt_length,
+            max_length=settings.max_length,
+            split=split,
+        )
+    for line in rows.report.lines():
+        run.say(f"{split} data: {line}")
+    return rows
+
+
+def _plans(run: StepRun, dataset: Any, world: int) -> list[list[list[list[int]]]]:
+    settings = run.config.step2
+    groups = dataset["prompt_key"] if settings.group_by_prompt else None
+    return [
+        data.plan_batches(
+            data.row_lengths(dataset),
+            batch_size=settings.train.batch_size,
+            micro_batch_size=settings.train.micro_batch_size,
+            rank=run.rank,
+            world_size=world,
+            seed=run.config.seed,
+            epoch=epoch,
+            groups=groups,
+        )
+        for epoch in range(settings.train.epochs)
+    ]
+
+
+def train(
+    run: StepRun,
+    engine: TrainEngine,
+    rows: dict[str, Any],
+    plans: list[list[list[list[int]]]],
+    total: int,
+    pad_id: int,
+    tracker: Any,
+    bar: Any,
+) -> dict[str, float]:
+    """All epochs; returns the last evaluation."""
+    settings = run.config.step2
+    dataset = rows["train"].dataset
+    step, evaluation = 0, {}
+    for epoch, plan in enumerate(plans):
+        for micro_batches in plan[: total - step]:
+            batches = [
+                data.collate_pairs(dataset.select(index).to_list(), pad_id).to(engine.device)
+                for index in micro_batches
+            ]
+            stats = reward_step(engine, batches, settings.loss, settings.margin)
+            step += 1
+            bar.update(1, loss=stats["loss"], accuracy=stats["accuracy"])
+            if step % settings.train.log_every == 0 or step == total:
+                tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
+            if settings.train.eval_every and step % settings.train.eval_every == 0:
+                tracker.log(_named(evaluate(run, engine, rows["eval"].dataset, pad_id)), step)
+        evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
+        tracker.log(_named(evaluation), step)
+        bar.write(
+            f"epoch {epoch + 1}: held-out accuracy {evaluation['accuracy']:.4f}, "
+            f"margin {evaluation['margin']:.3f}"
+        )
+        if step >= total:
+            break
+    return evaluation
+
+
+def reward_step(
+    engine: TrainEngine, batches: list[PairBatch], loss_kind: str, margin: float | str
+) -> dict[str, float]:
+    """One optimiser step; the loss is the mean over all pairs of all ranks."""
+    counted = sum(int(batch.pair_mask.sum()) for batch in batches)
+    pairs = max(comm.sum_over_ranks({"pairs": counted})["pairs"], 1.0)
+    sums = {"loss": 0.0, "correct": 0.0, "margin": 0.0}
+
+    def loss_of(batch: PairBatch) -> torch.Tensor:
+        values = engine(batch.input_ids, batch.attention_mask)
+        loss, stats = _loss(values, batch, loss_kind, margin)
+        sums["loss"] += float(loss.detach())
+        sums["correct"] += float(stats["correct"])
+        sums["margin"] += float(stats["margin"])
+        return loss / pairs
+
+    rate = engine.learning_rate
+    norm = engine.step(batches, loss_of)
+    means = {key: value / pairs for key, value in comm.sum_over_ranks(sums).items()}
+    return {
+        "loss": means["loss"],
+        "accuracy": means["correct"],
+        "margin": means["margin"],
+        "pairs": pairs,
+        "grad_norm": norm,
+        "learning_rate": rate,
+    }
+
+
+def _loss(
+    values: torch.Tensor, batch: PairBatch, kind: str, margin: float | str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    wanted = batch.margin if margin == "column" else float(margin)
+    if kind == "last":
+        chosen, rejected = models.last_values(values, batch.attention_mask).chunk(2)
+        return pairwise_loss(chosen, rejected, wanted, batch.pair_mask)
+    return token_wise_pairwise_loss(
+        *values.chunk(2), *batch.input_ids.chunk(2), *batch.attention_mask.chunk(2), wanted
+    )
+
+
+def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> dict[str, float]:
+    """Accuracy, margin, calibration, by length; and the chosen answers' score statistics."""
+    plan = data.whole_pass(
+        data.row_lengths(dataset),
+        micro_batch_size=run.config.step2.train.eval_batch_size,
+        rank=run.rank,
+        world_size=comm.world_size(),
+    )
+    found: list[tuple[float, float, int, int]] = []
+    with engine.evaluating():
+        for index in plan:
+            rows = dataset.select(index).to_list()
+            batch = data.collate_pairs(rows, pad_id).to(engine.device)
+            values = engine(batch.input_ids, batch.attention_mask)
+            chosen, rejected = models.last_values(values, batch.attention_mask).chunk(2)
+            for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=False):
+                found.append((c, r, len(row["chosen_ids"]), len(row["rejected_ids"])))
+    found = comm.gather_lists(found)
+    if not found:
+        return {"accuracy": 0.0, "margin": 0.0, "score_mean": 0.0, "score_std": 1.0}
+    chosen_scores, *_ = columns = list(zip(*found, strict=True))
+    metrics = pair_metrics(*columns)
+    metrics["score_mean"] = statistics.fmean(chosen_scores)
+    metrics["score_std"] = statistics.pstdev(chosen_scores) or 1.0
+    return metrics
+
+
+def _named(evaluation: dict[str, float]) -> dict[str, float]:
+    return {f"eval/{key}": value for key, value in evaluation.items()}
+
+
+if __name__ == "__main__":
+    run_step(2, main)

@@ -1,0 +1,156 @@
+"""Acts 1-4 of an iteration: generate, score, reward, advantages. Numbers as in README.md."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.algo.algorithms import Algorithm
+from rlhf.algo.kl import KLController
+from rlhf.algo.rewards import missing_eos, normalize_and_clip_scores, token_rewards
+from rlhf.config.schema import PPOConfig, RolloutConfig
+from rlhf.data.batches import PromptBatch
+from rlhf.engine import comm
+from rlhf.models import last_values
+from rlhf.rollout import RolloutRequest, SamplingConfig
+from step3_ppo.roles import Roles
+from step3_ppo.rollout import Rollout
+
+
+def generate(engine: Any, prompts: PromptBatch, settings: RolloutConfig) -> Rollout:
+    """1. Answers to this rank's prompts: (N,) prompts x n samples."""
+    request = RolloutRequest(prompts.input_ids, prompts.attention_mask.long())
+    sampling = SamplingConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        n_samples_per_prompt=settings.samples_per_prompt,
+    )
+    return Rollout.of(engine.generate(request, sampling))
+
+
+def policy_log_probs(engine: Any, rollout: Rollout, temperature: float) -> Tensor:
+    """(N, A) fp32 log-probs of the answers' tokens under a causal engine."""
+    log_probs, _ = engine(
+        rollout.input_ids, rollout.attention_mask, rollout.score_mask, temperature
+    )
+    return log_probs[:, rollout.prompt_width :]
+
+
+def answer_values(engine: Any, rollout: Rollout) -> Tensor:
+    """(N, A) fp32 values before each answer token: the slice start - 1 : end - 1 (25)."""
+    raw = engine(rollout.input_ids, rollout.attention_mask)
+    values = engine.module.normalize(raw)
+    return values[:, rollout.prompt_width - 1 : -1] * rollout.answer_mask
+
+
+def answer_scores(engine: Any, rollout: Rollout) -> Tensor:
+    """(N,) fp32 raw scores: the reward model's value at the last answer token (6)."""
+    return last_values(engine(rollout.input_ids, rollout.attention_mask), rollout.attention_mask)
+
+
+def score(roles: Roles, rollout: Rollout, temperature: float, size: int) -> Rollout:
+    """2. Reward, reference log-probs, old log-probs and old values, without gradients.
+
+    Old log-probs come from the rollout where it computed them as the update does: in fp32. In
+    16 bits decoding rounds differently from a whole forward, and the ratio would not start at 1.
+    """
+    with torch.no_grad():
+        old = rollout.log_probs
+        if old is None or roles.actor_dtype != "float32":
+            with roles.actor.evaluating():
+                old = rollout.map(lambda r: policy_log_probs(roles.actor, r, temperature), size)
+        reference = rollout.map(lambda r: policy_log_probs(roles.reference, r, temperature), size)
+        raw = rollout.map(lambda r: answer_scores(roles.reward, r), size)
+        values = None
+        if roles.critic is not None:
+            critic = roles.critic
+            with critic.evaluating():
+                values = rollout.map(lambda r: answer_values(critic, r), size)
+    return replace(rollout, log_probs=old, ref_log_probs=reference, scores=raw, values=values)
+
+
+def credit(
+    rollout: Rollout,
+    algorithm: Algorithm,
+    settings: PPOConfig,
+    controller: KLController,
+    statistics: tuple[float, float],
+    group_size: int,
+) -> tuple[Rollout, dict[str, float]]:
+    """3. Rewards of tokens, and 4. advantages; with what is worth logging, over all ranks."""
+    assert rollout.scores is not None
+    assert rollout.log_probs is not None
+    assert rollout.ref_log_probs is not None
+    mean, std = statistics if settings.normalize_score else (0.0, 1.0)
+    clipped = normalize_and_clip_scores(rollout.scores, mean, std, settings.score_clip)
+    shaped = missing_eos(clipped, rollout.ended, settings.missing_eos_penalty)
+    rewards = token_rewards(
+        shaped,
+        rollout.log_probs,
+        rollout.ref_log_probs,
+        rollout.answer_mask,
+        controller.coef if algorithm.kl_in_reward else 0.0,
+        settings.kl_estimator,
+    )
+    advantages, returns = algorithm.credit(
+        token_rewards=rewards,
+        values=rollout.values,
+        mask=rollout.answer_mask,
+        scores=shaped,
+        group_size=group_size,
+        gamma=settings.gamma,
+        lam=settings.lam,
+        whiten=settings.whiten_advantages,
+        group_std=settings.group_std,
+        all_reduce=comm.all_reduce,
+    )
+    log_ratio = (rollout.log_probs - rollout.ref_log_probs) * rollout.answer_mask
+    raw = rollout.scores.double()
+    sums = comm.sum_over_ranks(
+        {
+            "answers": len(rollout),
+            "tokens": float(rollout.answer_mask.sum()),
+            "raw": float(raw.sum()),
+            "raw_squared": float((raw**2).sum()),
+            "normalised": float(((rollout.scores - mean) / std).sum()),
+            "reward": float(shaped.sum()),
+            "kl": float(log_ratio.sum()),
+            "ended": float(rollout.ended.sum()),
+        }
+    )
+    answers, tokens = sums["answers"], max(sums["tokens"], 1.0)
+    average = sums["raw"] / answers
+    stats = {
+        "score_mean": average,
+        "score_std": max(sums["raw_squared"] / answers - average**2, 0.0) ** 0.5,
+        "score_normalised": sums["normalised"] / answers,
+        "reward_mean": sums["reward"] / answers,
+        "kl_per_answer": sums["kl"] / answers,
+        "kl_per_token": sums["kl"] / tokens,
+        "kl_coef": controller.coef,
+        "answer_length": tokens / answers,
+        "eos_fraction": sums["ended"] / answers,
+        "answers": answers,
+        "tokens": tokens,
+    }
+    controller.update(stats["kl_per_answer"], int(answers))
+    return replace(rollout, advantages=advantages, returns=returns), stats
+
+
+class Clock:
+    """Seconds of named phases, the slowest rank's."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

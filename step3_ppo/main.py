@@ -1,0 +1,237 @@
+"""Step 3: PPO and its relatives. Read `main`, then `iterate`; the numbers are README.md's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf import data, models, track
+from rlhf.algo.algorithms import ALGORITHMS
+from rlhf.algo.kl import build_kl_controller
+from rlhf.engine import comm
+from rlhf.engine.ema import WeightEMA
+from rlhf.engine.memory import peak_memory
+from rlhf.engine.zero3 import gathered
+from rlhf.harness import StepRun, run_step
+from rlhf.report.answers import distinct_2
+from rlhf.rollout import build_rollout
+from step3_ppo.conclude import conclude
+from step3_ppo.evaluate import answer_ids
+from step3_ppo.experience import Clock, credit, generate, score
+from step3_ppo.parents import check_tokenizers
+from step3_ppo.roles import Roles, load_roles
+from step3_ppo.update import PtxBatches, update, value_quality
+
+
+def main(run: StepRun) -> None:
+    settings = run.config.step3
+    run.rank, world = comm.init_distributed()
+    torch.manual_seed(run.config.seed)
+    algorithm = ALGORITHMS[settings.algorithm]
+    sft, reward = run.parent("sft"), run.parent("reward")
+
+    with run.phase("read the prompts"):
+        tokenizer = models.load_tokenizer(sft, template=None)
+        check_tokenizers(sft, reward, tokenizer)
+        rows = _prompts(run, tokenizer, "train")
+        prompts = rows.dataset
+        iterations = settings.iterations or max(len(prompts) // settings.rollout.prompts, 1)
+
+    with run.phase("load the four models"):
+        steps = settings.ppo.epochs * settings.ppo.minibatches
+        roles = load_roles(
+            settings,
+            tokenizer,
+            sft=sft,
+            reward=reward,
+            actor_steps=max(iterations - settings.ppo.critic_warmup, 1) * steps,
+            critic_steps=iterations * steps,
+            needs_critic=algorithm.needs_critic,
+            say=run.say,
+        )
+
+    with (
+        run.phase("train"),
+        track.open_tracker(
+            run.config.track,
+            run.step_dir,
+            step=3,
+            rank=run.rank,
+            config=run.config.model_dump(mode="json"),
+        ) as tracker,
+        track.progress(iterations, settings.algorithm.upper(), run.rank) as bar,
+    ):
+        trainer = Trainer(run, roles, tokenizer, prompts, iterations, world)
+        for stats in trainer.iterate():
+            bar.update(
+                1,
+                score=stats["score_normalised"],
+                kl=stats["kl_per_answer"],
+                length=stats["answer_length"],
+                eos=stats["eos_fraction"],
+            )
+            if trainer.iteration % settings.log_every == 0 or trainer.iteration == iterations:
+                tracker.log(stats, trainer.iteration)
+
+    with run.phase("evaluate and publish"):
+        eval_rows = _prompts(run, tokenizer, "eval").dataset
+        conclude(run, roles, tokenizer, eval_rows, trainer.ema, data_fingerprint=rows.fingerprint)
+    comm.barrier()
+
+
+def _prompts(run: StepRun, tokenizer: Any, split: str) -> Any:
+    settings = run.config.step3.rollout
+    with comm.rank_zero_first():
+        rows = data.prepare(
+            run.config.data,
+            3,
+            tokenizer,
+            seed=run.config.seed,
+            max_prompt_length=settings.max_prompt_length,
+            max_length=None,
+            split=split,
+        )
+    for line in rows.report.lines():
+        run.say(f"{split} data: {line}")
+    return rows
+
+
+@dataclass
+class Trainer:
+    """The loop and its state."""
+
+    run: StepRun
+    roles: Roles
+    tokenizer: Any
+    prompts: Any
+    iterations: int
+    world: int
+
+    def __post_init__(self) -> None:
+        settings = self.run.config.step3
+        ppo, rollout = settings.ppo, settings.rollout
+        self.iteration = 0
+        self.algorithm = ALGORITHMS[settings.algorithm]
+        self.controller = build_kl_controller(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+        self.statistics = self.roles.reward.module.statistics
+        self.ema = WeightEMA(self.roles.actor.module, ppo.ema_decay) if ppo.ema_decay else None
+        self.ptx = PtxBatches(self._ptx_batches(), ppo.ptx_coef) if ppo.ptx_coef else None
+        actor = self.roles.actor
+        self.sampler = build_rollout(
+            rollout.engine,
+            actor.deepspeed,
+            self.tokenizer,
+            batch_size=rollout.batch_size,
+            stop=rollout.stop,
+            seed=self.run.config.seed,
+            rank=self.run.rank,
+            gather=lambda: gathered(actor.module.parameters()),
+        )
+
+    def iterate(self) -> Iterator[dict[str, float]]:
+        """All iterations; yields each one's figures (metric glossary: README.md)."""
+        settings = self.run.config.step3
+        rollout_settings, ppo = settings.rollout, settings.ppo
+        size = settings.micro_batch_size
+        for prompts in itertools.islice(self._prompt_batches(), self.iterations):
+            clock = Clock()
+            # 1. The policy answers.
+            with self.roles.actor.evaluating():
+                rollout = generate(self.sampler, prompts, rollout_settings)
+            clock.lap("rollout")
+            # 2. Reward model, reference and critic read prompt + answer.
+            rollout = score(self.roles, rollout, rollout_settings.temperature, size)
+            # 3. Rewards of tokens. 4. Advantages and returns.
+            rollout, stats = credit(
+                rollout,
+                self.algorithm,
+                ppo,
+                self.controller,
+                self.statistics,
+                rollout_settings.samples_per_prompt,
+            )
+            stats |= value_quality(rollout)
+            clock.lap("score")
+            # 5. PPO epochs.
+            stats["actor_lr"] = self.roles.actor.learning_rate
+            stats |= update(
+                self.roles.actor,
+                self.roles.critic,
+                rollout,
+                ppo,
+                temperature=rollout_settings.temperature,
+                micro_batch_size=size,
+                seed=self.run.config.seed + 7919 * self.iteration + 100_003 * self.run.rank,
+                train_actor=self.iteration >= ppo.critic_warmup,
+                kl_loss_coef=self._kl_loss_coef(),
+                ptx=self.ptx,
+                after_step=self.ema.update if self.ema else None,
+            )
+            self.sampler.sync_weights(self.iteration)
+            clock.lap("update")
+            stats["distinct_2"] = distinct_2(comm.gather_lists(answer_ids(rollout)))
+            self.iteration += 1
+            yield stats | self._speed(clock, stats["tokens"])
+
+    def _kl_loss_coef(self) -> float:
+        """Algorithms without KL in the reward have it in the loss (22, 37)."""
+        ppo = self.run.config.step3.ppo
+        if self.algorithm.kl_in_reward:
+            return ppo.kl_loss_coef
+        return ppo.kl_loss_coef or self.controller.coef
+
+    def _speed(self, clock: Clock, tokens: float) -> dict[str, float]:
+        total = sum(clock.seconds.values())
+        speed = {f"seconds_{name}": value for name, value in clock.seconds.items()}
+        return speed | {
+            "seconds_iteration": total,
+            "tokens_per_second": tokens / total,
+            "rollout_tokens_per_second": tokens / clock.seconds["rollout"],
+            "peak_memory_bytes": peak_memory(),
+        }
+
+    def _prompt_batches(self) -> Iterator[data.PromptBatch]:
+        """This rank's share of each global batch of prompts; a new permutation for each pass."""
+        wanted = min(self.run.config.step3.rollout.prompts, len(self.prompts))
+        pad, device = self.tokenizer.pad_token_id, self.roles.actor.device
+        for epoch in itertools.count():
+            generator = torch.Generator().manual_seed(self.run.config.seed + epoch)
+            order = torch.randperm(len(self.prompts), generator=generator).tolist()
+            for start in range(0, len(order) - wanted + 1, wanted):
+                mine = order[start : start + wanted][self.run.rank :: self.world]
+                yield data.collate_prompts(self.prompts.select(mine).to_list(), pad).to(device)
+
+    def _ptx_batches(self) -> Iterator[data.SFTBatch]:
+        """Step 1's rows, for ever, a micro-batch at a time."""
+        config = self.run.config
+        with comm.rank_zero_first():
+            rows = data.prepare(
+                config.data,
+                1,
+                self.tokenizer,
+                seed=config.seed,
+                max_prompt_length=config.step1.max_prompt_length,
+                max_length=config.step1.max_length,
+                response_column=config.step1.response_column,
+            ).dataset
+        size = config.step3.micro_batch_size
+        for epoch in itertools.count():
+            plan = data.plan_batches(
+                data.row_lengths(rows),
+                batch_size=size * self.world,
+                micro_batch_size=size,
+                rank=self.run.rank,
+                world_size=self.world,
+                seed=config.seed,
+                epoch=epoch,
+            )
+            for (index,) in plan:
+                yield data.collate_sft(rows.select(index).to_list(), self.tokenizer.pad_token_id)
+
+
+if __name__ == "__main__":
+    run_step(3, main)

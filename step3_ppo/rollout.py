@@ -1,0 +1,96 @@
+"""What one iteration hands from generation to the update: `Rollout`, and cutting it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from rlhf.rollout.generation import Generation
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N answers of this rank, with everything that the update reads.
+
+    P is the width of the left-padded prompts, A of the right-padded answers. Rows k n ... k n + n-1
+    answer one prompt (n = samples per prompt). Masks are bool, True = counts.
+    """
+
+    input_ids: Tensor  # (N, P + A) int64
+    attention_mask: Tensor  # (N, P + A) bool
+    answer_mask: Tensor  # (N, A) bool, up to and including the token that ended the answer
+    ended: Tensor  # (N,) bool, False where the length limit ended it
+    log_probs: Tensor | None = None  # (N, A) fp32, under the policy that sampled
+    ref_log_probs: Tensor | None = None  # (N, A) fp32
+    values: Tensor | None = None  # (N, A) fp32, before each token
+    scores: Tensor | None = None  # (N,) fp32, normalised, not clipped
+    advantages: Tensor | None = None  # (N, A) fp32
+    returns: Tensor | None = None  # (N, A) fp32
+
+    @classmethod
+    def of(cls, generation: Generation) -> Rollout:
+        return cls(
+            input_ids=generation.input_ids,
+            attention_mask=generation.attention_mask.bool(),
+            answer_mask=generation.answer_mask,
+            ended=generation.ended,
+            log_probs=generation.log_probs,
+        )
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def prompt_width(self) -> int:
+        return self.input_ids.shape[1] - self.answer_mask.shape[1]
+
+    @property
+    def score_mask(self) -> Tensor:
+        """(N, P + A) bool: the answer tokens, in the columns of `input_ids`."""
+        return torch.nn.functional.pad(self.answer_mask, (self.prompt_width, 0))
+
+    def rows(self, index: Tensor) -> Rollout:
+        """Some rows, with columns that only hold their pads cut off on both sides."""
+        mask, answers = self.attention_mask[index], self.answer_mask[index]
+        left = int(mask.long().argmax(dim=1).min())
+        width = max(int(answers.sum(dim=1).max()), 1)
+        changed: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            value = value[index]
+            if field.name in ("input_ids", "attention_mask"):
+                value = value[:, left : self.prompt_width + width]
+            elif value.dim() == 2:
+                value = value[:, :width]
+            changed[field.name] = value
+        return replace(self, **changed)
+
+    def micro_batches(self, index: Tensor, size: int) -> list[Tensor]:
+        """Rows `index` in groups of at most `size`, of similar length, as few as possible."""
+        lengths = self.attention_mask[index].sum(dim=1)
+        by_length = index[torch.argsort(lengths, descending=True, stable=True)]
+        return list(torch.tensor_split(by_length, -(-len(index) // size)))
+
+    def map(self, compute: Callable[[Rollout], Tensor], size: int) -> Tensor:
+        """`compute` over micro-batches, put together in the order of the rows.
+
+        `compute` gives (n,) or (n, a) with a <= A; missing columns are filled with 0.
+        """
+        everything = torch.arange(len(self), device=self.input_ids.device)
+        result: Tensor | None = None
+        for index in self.micro_batches(everything, size):
+            part = compute(self.rows(index))
+            if result is None:
+                shape = (len(self),) if part.dim() == 1 else tuple(self.answer_mask.shape)
+                result = part.new_zeros(shape)
+            if part.dim() == 1:
+                result[index] = part
+            else:
+                result[index, : part.shape[1]] = part
+        assert result is not None  # a rollout has at least one row
+        return result

@@ -1,0 +1,218 @@
+"""Act 5: from a finished rollout to optimiser steps. Does not know which algorithm made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf.algo.advantages import explained_variance
+from rlhf.algo.losses import cross_entropy_sum, kl_loss, policy_loss, value_loss
+from rlhf.config.schema import PPOConfig
+from rlhf.data.batches import IGNORED, SFTBatch
+from rlhf.engine import comm
+from rlhf.engine.train import TrainEngine
+from step3_ppo.experience import answer_values
+from step3_ppo.rollout import Rollout
+
+
+@dataclass
+class Totals:
+    """Sums over micro-batches, minibatches and PPO epochs of one iteration, on this rank."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stats: dict[str, Any]) -> None:
+        for name, value in stats.items():
+            if name.endswith("_max"):
+                self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def over_ranks(self) -> dict[str, float]:
+        result = comm.sum_over_ranks(self.sums)
+        for name, value in self.maxima.items():
+            result[name] = float(comm.all_reduce(torch.tensor(value), "max"))
+        return result
+
+
+@dataclass(frozen=True)
+class PtxBatches:
+    """SFT micro-batches mixed into each actor step (ALGORITHM.md 36)."""
+
+    batches: Iterator[SFTBatch]
+    coef: float
+
+
+def update(
+    actor: TrainEngine,
+    critic: TrainEngine | None,
+    rollout: Rollout,
+    settings: PPOConfig,
+    *,
+    temperature: float,
+    micro_batch_size: int,
+    seed: int,
+    train_actor: bool = True,
+    kl_loss_coef: float = 0.0,
+    ptx: PtxBatches | None = None,
+    after_step: Any = None,
+) -> dict[str, float]:
+    """PPO epochs over minibatches of one rollout, for actor and critic.
+
+    Every loss is divided by the number of counted tokens of the optimiser step over all ranks (30).
+    `after_step()` runs after each actor step (EMA). Returns means over the iteration and, as
+    `first_ratio_error` and `first_approx_kl`, how far the first minibatch was from ratio 1 (20).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    actor_totals, critic_totals = Totals(), Totals()
+    first: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    stopped, steps = not train_actor, 0
+    for _ in range(settings.epochs):
+        # 31. A new permutation for each PPO epoch.
+        order = torch.randperm(len(rollout), generator=generator).to(rollout.input_ids.device)
+        for minibatch in order.tensor_split(settings.minibatches):
+            groups = rollout.micro_batches(minibatch, micro_batch_size)
+            batches = [rollout.rows(index) for index in groups]
+            tokens = sum(float(batch.answer_mask.sum()) for batch in batches)
+            tokens = max(comm.sum_over_ranks({"tokens": tokens})["tokens"], 1.0)
+            if critic is not None:
+                norms["critic_grad_norm"] = critic_step(
+                    critic, batches, tokens, settings, critic_totals
+                )
+            if stopped:
+                continue
+            totals = Totals()
+            norms["actor_grad_norm"] = actor_step(
+                actor, batches, tokens, settings, totals, temperature, kl_loss_coef, ptx
+            )
+            steps += 1
+            if after_step is not None:
+                after_step()
+            now = totals.over_ranks()
+            if not first:
+                first = {
+                    "first_ratio_error": abs(now["ratio"] / now["tokens"] - 1.0),
+                    "first_approx_kl": now["approx_kl"] / now["tokens"],
+                }
+            actor_totals.add(totals.sums | totals.maxima)
+            # 35. The critic goes on; the actor's remaining steps are skipped and counted.
+            if settings.target_kl and now["approx_kl"] / now["tokens"] > settings.target_kl:
+                stopped = True
+    result = _actor_means(actor_totals) | _critic_means(critic_totals) | first | norms
+    planned = settings.epochs * settings.minibatches
+    result["skipped_updates"] = float(planned - steps if train_actor else 0)
+    return result
+
+
+def actor_step(
+    actor: TrainEngine,
+    batches: Sequence[Rollout],
+    tokens: float,
+    settings: PPOConfig,
+    totals: Totals,
+    temperature: float,
+    kl_loss_coef: float,
+    ptx: PtxBatches | None,
+) -> float:
+    """One optimiser step of the policy; returns the gradient norm."""
+
+    def loss_of(batch: Rollout | SFTBatch) -> torch.Tensor:
+        if isinstance(batch, SFTBatch):
+            return _ptx_loss(actor, batch, ptx_tokens, totals) * (ptx.coef if ptx else 0.0)
+        log_probs, entropy = actor(
+            batch.input_ids, batch.attention_mask, batch.score_mask, temperature, True
+        )
+        log_probs = log_probs[:, batch.prompt_width :]
+        entropy = entropy[:, batch.prompt_width :]
+        mask = batch.answer_mask
+        loss, stats = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, settings.clip)
+        totals.add(stats | {"policy_loss": loss.detach(), "entropy": entropy.detach().sum()})
+        if settings.entropy_coef:
+            loss = loss - settings.entropy_coef * entropy.sum()
+        if kl_loss_coef:
+            penalty, _ = kl_loss(log_probs, batch.ref_log_probs, mask)
+            totals.add({"kl_loss": penalty.detach()})
+            loss = loss + kl_loss_coef * penalty
+        return loss / tokens
+
+    extra: list[SFTBatch] = []
+    ptx_tokens = 1.0
+    if ptx is not None:
+        extra = [next(ptx.batches).to(actor.device) for _ in batches]
+        counted = sum(float((b.labels[:, 1:] != IGNORED).sum()) for b in extra)
+        ptx_tokens = max(comm.sum_over_ranks({"tokens": counted})["tokens"], 1.0)
+    return actor.step([*batches, *extra], loss_of)
+
+
+def _ptx_loss(actor: TrainEngine, batch: SFTBatch, tokens: float, totals: Totals) -> torch.Tensor:
+    mask = batch.labels != IGNORED
+    mask[:, 0] = False
+    log_probs, _ = actor(batch.input_ids, batch.attention_mask, mask)
+    loss, _ = cross_entropy_sum(log_probs, mask)
+    totals.add({"ptx_loss": loss.detach(), "ptx_tokens": mask.sum()})
+    return loss / tokens
+
+
+def critic_step(
+    critic: TrainEngine,
+    batches: Sequence[Rollout],
+    tokens: float,
+    settings: PPOConfig,
+    totals: Totals,
+) -> float:
+    """One optimiser step of the value model; returns the gradient norm."""
+
+    def loss_of(batch: Rollout) -> torch.Tensor:
+        values = answer_values(critic, batch)
+        mask = batch.answer_mask
+        loss, stats = value_loss(values, batch.values, batch.returns, mask, settings.value_clip)
+        totals.add(stats | {"value_loss": loss.detach()})
+        return loss / tokens
+
+    return critic.step(batches, loss_of)
+
+
+def value_quality(rollout: Rollout) -> dict[str, float]:
+    """Explained variance of the old values, over all ranks' answer tokens."""
+    if rollout.values is None or rollout.returns is None:
+        return {}
+    explained = explained_variance(
+        rollout.values, rollout.returns, rollout.answer_mask, comm.all_reduce
+    )
+    return {"explained_variance": float(explained)}
+
+
+def _actor_means(totals: Totals) -> dict[str, float]:
+    sums = totals.over_ranks()
+    if not sums:
+        return {}
+    tokens = max(sums["tokens"], 1.0)
+    means = {
+        "policy_loss": sums["policy_loss"] / tokens,
+        "approx_kl": sums["approx_kl"] / tokens,
+        "clip_fraction": sums["clipped"] / tokens,
+        "ratio_mean": sums["ratio"] / tokens,
+        "ratio_max": sums["ratio_max"],
+        "entropy": sums["entropy"] / tokens,
+    }
+    if "kl_loss" in sums:
+        means["kl_loss"] = sums["kl_loss"] / tokens
+    if "ptx_loss" in sums:
+        means["ptx_loss"] = sums["ptx_loss"] / max(sums["ptx_tokens"], 1.0)
+    return means
+
+
+def _critic_means(totals: Totals) -> dict[str, float]:
+    sums = totals.over_ranks()
+    if not sums:
+        return {}
+    tokens = max(sums["tokens"], 1.0)
+    return {
+        "value_loss": sums["value_loss"] / tokens,
+        "value_clip_fraction": sums["value_clipped"] / tokens,
+    }

@@ -1,0 +1,210 @@
+"""Batches and the plan of an epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.data.batches import (
+    collate_pairs,
+    collate_prompts,
+    collate_sft,
+    plan_batches,
+    row_lengths,
+)
+from tests.unit.data_help import SHARED, gpt2_like, needs_shared, run
+
+PAD, EOS = 9, 2
+
+
+def test_sft_labels() -> None:
+    """ALGORITHM 1 and 3: -100 on prompt and pads, EOS counted; prompt loss by a setting."""
+    rows = [
+        {"prompt_ids": [5, 6], "answer_ids": [7, EOS]},
+        {"prompt_ids": [5], "answer_ids": [EOS]},
+    ]
+    batch = collate_sft(rows, PAD)
+    assert batch.input_ids.tolist() == [[5, 6, 7, EOS], [5, EOS, PAD, PAD]]
+    assert batch.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert batch.labels.tolist() == [[-100, -100, 7, EOS], [-100, EOS, -100, -100]]
+    whole = collate_sft(rows, PAD, prompt_loss=True)
+    assert whole.labels.tolist() == [[5, 6, 7, EOS], [5, EOS, -100, -100]]
+    assert (batch.input_ids.dtype, batch.attention_mask.dtype) == (torch.int64, torch.bool)
+
+
+def test_an_eos_in_the_prompt_is_no_label() -> None:
+    """ALGORITHM 3: masks go by place, not by token (OPT begins with its eos)."""
+    batch = collate_sft([{"prompt_ids": [EOS, 5], "answer_ids": [7, EOS]}], EOS)
+    assert batch.labels.tolist() == [[-100, -100, 7, EOS]]
+
+
+def test_pairs_are_in_one_forward() -> None:
+    """ALGORITHM 6 and 8: chosen above rejected, the last real token of each."""
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, EOS], "rejected_ids": [EOS], "margin": 0.5},
+        {"prompt_ids": [4], "chosen_ids": [8], "rejected_ids": [7, 7, 7], "margin": 0.0},
+    ]
+    batch = collate_pairs(rows, PAD)
+    assert batch.input_ids.tolist() == [
+        [5, 6, 7, EOS],
+        [4, 8, PAD, PAD],
+        [5, 6, EOS, PAD],
+        [4, 7, 7, 7],
+    ]
+    assert batch.answer_mask.int().tolist() == [
+        [0, 0, 1, 1],
+        [0, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 1, 1, 1],
+    ]
+    assert batch.attention_mask.sum(1).tolist() == [4, 2, 3, 4]
+    assert batch.last.tolist() == [3, 1, 2, 3]
+    assert (batch.margin.tolist(), batch.pair_mask.tolist()) == ([0.5, 0.0], [True, True])
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    """ALGORITHM 13."""
+    rows = [{"prompt_ids": [5, 6, 7], "prompt": "a"}, {"prompt_ids": [4], "prompt": "b"}]
+    batch = collate_prompts(rows, PAD)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [PAD, PAD, 4]]
+    assert batch.attention_mask.int().tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch.prompts == ["a", "b"]
+    assert collate_prompts([], PAD).input_ids.shape == (0, 0)
+
+
+def test_an_idle_rank_gets_a_row_that_counts_for_nothing() -> None:
+    """ALGORITHM 30: an empty micro-batch can go through the model and adds nothing."""
+    sft, pairs = collate_sft([], PAD), collate_pairs([], PAD)
+    assert (sft.labels == -100).all()
+    assert sft.attention_mask.all()
+    assert pairs.input_ids.shape == (2, 2)
+    assert not pairs.pair_mask.any()
+
+
+def test_to_device() -> None:
+    """Tensors move, texts stay."""
+    batch = collate_prompts([{"prompt_ids": [5], "prompt": "a"}], PAD).to("meta")
+    assert batch.input_ids.device.type == "meta"
+    assert batch.prompts == ["a"]
+
+
+plans = st.fixed_dictionaries(
+    {
+        "batch_size": st.integers(1, 24),
+        "micro_batch_size": st.integers(1, 9),
+        "seed": st.integers(0, 2**31 - 1),
+        "epoch": st.integers(0, 9),
+    }
+)
+row_sets = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 12)), max_size=90)
+
+
+def _ranks(rows: list[tuple[int, int]], world: int, grouped: bool, plan: dict[str, int]) -> Any:
+    lengths = [length for length, _ in rows]
+    groups = [group for _, group in rows] if grouped else None
+    return [
+        plan_batches(lengths, rank=rank, world_size=world, groups=groups, **plan)
+        for rank in range(world)
+    ]
+
+
+@settings(max_examples=120, deadline=None)
+@given(row_sets, plans, st.booleans())
+def test_plan(rows: list[tuple[int, int]], plan: dict[str, int], grouped: bool) -> None:
+    """ALGORITHM 8 and 30: every row once; the same global batches for 1, 2 and 4 ranks and other
+    micro-batches; as many micro-batches on every rank; groups of up to a quarter of a batch stay
+    together."""
+    reference: list[set[int]] | None = None
+    for world in (1, 2, 4):
+        ranks = _ranks(rows, world, grouped, plan)
+        assert len({len(rank) for rank in ranks}) == 1
+        batches = []
+        for steps in zip(*ranks, strict=True):
+            assert len({len(micros) for micros in steps}) == 1
+            dealt = [micro for micros in steps for micro in micros]
+            assert all(len(micro) <= plan["micro_batch_size"] for micro in dealt)
+            sizes = [len(micro) for micro in dealt]
+            assert max(sizes) - min(sizes) <= 1
+            flat = [row for micro in dealt for row in micro]
+            assert 0 < len(flat) == len(set(flat)) <= plan["batch_size"]
+            batches.append(set(flat))
+        assert Counter(row for batch in batches for row in batch) == Counter(range(len(rows)))
+        reference = reference or batches
+        assert batches == reference
+    other = _ranks(rows, 1, grouped, {**plan, "micro_batch_size": 3})
+    assert [{row for micro in step for row in micro} for step in other[0]] == (reference or [])
+    if grouped:
+        sizes_by_group = Counter(group for _, group in rows)
+        for group, size in sizes_by_group.items():
+            homes = sum(any(rows[row][1] == group for row in batch) for batch in reference or [])
+            if size <= plan["batch_size"] // 4:
+                assert homes == 1
+    elif rows:
+        assert len(reference or []) == -(-len(rows) // plan["batch_size"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(row_sets, plans)
+def test_steps_per_epoch_never_change(rows: list[tuple[int, int]], plan: dict[str, int]) -> None:
+    """The learning rate schedule needs the number of steps before the first epoch."""
+    counts = {
+        len(_ranks(rows, 1, True, {**plan, "seed": seed, "epoch": epoch})[0])
+        for seed in (1, 2)
+        for epoch in (0, 1, 2)
+    }
+    assert len(counts) == 1
+
+
+def test_epochs_and_seeds_differ() -> None:
+    """Rows are shuffled by seed and epoch, and reproducibly."""
+    plan = {"batch_size": 8, "micro_batch_size": 8}
+    rows = [(1, i // 2) for i in range(64)]
+    for grouped in (False, True):
+        one, two, three, again = (
+            _ranks(rows, 1, grouped, {**plan, "seed": seed, "epoch": epoch})
+            for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+        )
+        assert one == again
+        assert one != two
+        assert one != three
+
+
+def test_micro_batches_hold_similar_lengths() -> None:
+    """By hand: lengths 8..1, 2 ranks, micro-batches of 2: neighbours together, longest first."""
+    plan = {"batch_size": 8, "micro_batch_size": 2, "seed": 0, "epoch": 0}
+    ranks = _ranks([(8 - i, 0) for i in range(8)], 2, False, plan)
+    assert ranks == [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
+
+
+def test_pairs_of_one_prompt_share_a_batch() -> None:
+    """ALGORITHM 8: 100 prompts with 4 pairs each, batches of 16."""
+    rows = [(1, i // 4) for i in range(400)]
+    plan = {"batch_size": 16, "micro_batch_size": 16, "seed": 0, "epoch": 0}
+    (steps,) = _ranks(rows, 1, True, plan)
+    assert len(steps) == 25
+    for (micro,) in steps:
+        assert sorted(Counter(row // 4 for row in micro).values()) == [4, 4, 4, 4]
+
+
+@needs_shared("movie_sentiment")
+@pytest.mark.parametrize("batch_size", [16, 32])
+def test_twenty_prompts_still_mix(batch_size: int, tmp_path: Path) -> None:
+    """ALGORITHM 8 on real data: 1,600 pairs of only 20 prompts are not kept together."""
+    path = SHARED / "movie_sentiment"
+    data = run(path, gpt2_like(), tmp_path, max_prompt_length=100, max_length=600)
+    lengths, groups = row_lengths(data.dataset), list(data.dataset["prompt_key"])
+    assert len(set(groups)) == 20
+    row = data.dataset[3]
+    longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    assert lengths[3] == len(row["prompt_ids"]) + longest
+    plan = {"batch_size": batch_size, "micro_batch_size": 8, "rank": 0, "world_size": 1}
+    steps = plan_batches(lengths, seed=0, epoch=0, groups=groups, **plan)
+    assert len(steps) == -(-len(lengths) // batch_size)
+    distinct = [len({groups[row] for micro in step for row in micro}) for step in steps]
+    assert sum(distinct) / len(distinct) > 8

@@ -1,0 +1,97 @@
+"""The pipeline's driver: SFT, reward model, PPO, in one command.
+
+python train.py                                  # the embedded default, on CPU
+python train.py --step 1 2 3 --actor-model 1.3b --reward-model 350m --deployment-type single_node
+python train.py --dry-run                        # the plan and the exact command lines
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from launch import execute
+from launch.options import Options, parse_options
+from launch.plan import Plan, describe, make_plan, plan_json
+from launch.preflight import preflight
+from launch.records import record_plan
+from rlhf.config.show import config_yaml, json_schema
+from rlhf.errors import UserError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 130 stopped."""
+    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except execute.Interrupted as error:
+        print(f"interrupted: {error}. The same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Plan, preflight, then launch and verify each step asked for."""
+    options = parse_options(argv)
+    if options.print_config or options.json_schema:
+        print(json_schema() if options.json_schema else config_yaml(options.config))
+        return 0
+
+    plan = make_plan(options)
+    print(json.dumps(plan_json(plan), indent=2) if options.as_json else describe(plan), flush=True)
+    if options.dry_run:
+        return 0
+
+    env, lines = preflight(plan)
+    for line in lines:
+        print(line)
+    with execute.locked(plan.run.path):
+        record_plan(options, plan)
+        run_steps(options, plan, env)
+    show_verdict(plan)
+    return 0
+
+
+def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
+    """Each step is launched once its parents are proven, and proven before the next."""
+    for item in plan.steps:
+        if item.manifest is not None:
+            continue
+        print(
+            f"\nstep {item.step} of {options.steps}: DeepSpeed starts; its first line takes some "
+            "seconds",
+            flush=True,
+        )
+        before = execute.stamp(plan.run, item.step)
+        outcome = execute.launch(plan.run, item, env)
+        manifest = execute.prove_result(plan.run, item, before, outcome)
+        print(execute.describe_result(item, manifest, outcome), flush=True)
+
+
+def show_verdict(plan: Plan) -> None:
+    """What came of it, for a person."""
+    verdict = plan.run.step_dir(3) / "verdict.txt"
+    if any(item.step == 3 for item in plan.steps) and verdict.is_file():
+        print("\n" + verdict.read_text(encoding="utf-8").rstrip())
+    print(f"\nThe run is in {plan.run.path}")
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
