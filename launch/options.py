@@ -150,7 +150,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         raise ConfigError("--json prints the plan for machines: use it with --dry-run")
     recipe = find_recipe(flags.config, flags.actor_model)
     values, origins = flag_values(flags)
-    asked = {**parse_overrides(overrides), **_from_environment(environ, values)}
+    asked = {**_from_environment(environ, values), **parse_overrides(overrides)}
     steps = sorted(set(flags.step))
     actor, reward = (model_name(name) for name in (flags.actor_model, flags.reward_model))
     config = load_config(recipe, asked, values, origins)

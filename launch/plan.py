@@ -15,7 +15,13 @@ from launch.launchers import LAUNCHERS
 from launch.options import Options
 from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
 from rlhf.config.load import with_values
-from rlhf.config.resolve import BATCH_KEYS, accumulation, describe_inherited, resolve_step
+from rlhf.config.resolve import (
+    BATCH_KEYS,
+    absolute_paths,
+    accumulation,
+    describe_inherited,
+    resolve_step,
+)
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.store import STEP_DIRS, Manifest, RunDir
 
@@ -51,7 +57,7 @@ def make_plan(options: Options) -> Plan:
 
     Raises ConfigError, RequirementError, ArtifactError.
     """
-    config = with_values(options.config, base_models(options))
+    config = absolute_paths(with_values(options.config, base_models(options)))
     placement = place(config.launch)
     done: dict[int, Manifest | None] = {}
     steps: list[StepPlan] = []

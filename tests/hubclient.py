@@ -5,6 +5,7 @@ Clients run in fresh processes because `HF_ENDPOINT` is read when their packages
 
 from __future__ import annotations
 
+import ast
 import ipaddress
 import json
 import os
@@ -17,15 +18,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 # Runs in every Python process below the test, launcher and ranks included. Writes down what process
-# it is, and each address that its Python code connects to or looks up; refuses to connect to another
+# it is and each address that its Python code connects to or looks up. Refuses to connect to another
 # machine, so that a request past the stub is seen and cannot succeed.
 GUARD = """
 import os, sys
 _log = os.open(os.environ["HUB_GUARD_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 def _note(event, *values):
-    line = "\\t".join(map(str, (os.getpid(), event, *values))) + "\\n"
-    os.write(_log, line.encode())
+    os.write(_log, (repr((os.getpid(), event, *map(str, values))) + "\\n").encode())
 
 def _guard(event, args):
     if event == "socket.getaddrinfo":
@@ -117,9 +117,9 @@ def processes(tmp: Path) -> list[Process]:
 
     A forked child counts as a process of its own only once it starts another program.
     """
-    found: dict[str, list[Process]] = {}
+    found: dict[int, list[Process]] = {}
     for line in (tmp / "sockets.log").read_text().splitlines():
-        pid, event, *values = line.split("\t")
+        pid, event, *values = ast.literal_eval(line)
         if event == "start":
             found.setdefault(pid, []).append(Process(values[0], values[1], values[2:]))
             continue

@@ -77,6 +77,8 @@ def _grouped(
 def _deal(
     batch: list[int], lengths: Sequence[int], micro_batch_size: int, rank: int, world_size: int
 ) -> list[list[int]]:
+    if not batch:
+        return []
     rows = sorted(batch, key=lambda row: (-lengths[row], row))
     per_rank = -(-len(rows) // (world_size * micro_batch_size))
     pieces = np.array_split(np.asarray(rows, dtype=np.int64), per_rank * world_size)

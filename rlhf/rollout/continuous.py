@@ -20,7 +20,7 @@ from deepspeed.runtime.rollout import RolloutEngine, RolloutRequest, SamplingCon
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, UserError
 from rlhf.rollout.attention import lean_attention
 from rlhf.rollout.generation import (
     Generation,
@@ -97,7 +97,7 @@ class ContinuousRollout(RolloutEngine):
         Raises:
             ValueError: the request is empty or not left-padded.
             ConfigError: prompt + answer exceed the model's positions.
-            FloatingPointError: the model's logits are not finite.
+            UserError: the model's logits are not finite.
         """
         model = causal_lm(self.engine.module)
         run = _Run(self, model, request, sampling)
@@ -176,7 +176,7 @@ class _Run:
 
     def result(self) -> Generation:
         if not bool(torch.isfinite(self.log_probs).all()):
-            raise FloatingPointError(
+            raise UserError(
                 "rollout: the policy's logits are not finite; its weights have diverged: go back "
                 "to an earlier checkpoint with a lower learning rate"
             )

@@ -13,6 +13,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -78,9 +79,17 @@ def opt_like() -> Any:
 
 
 def llama_like(scheme: str = "first") -> Any:
-    """Llama: SentencePiece-like with a dummy space, <s> prepended."""
+    """Llama: SentencePiece-like with a dummy space, <s> prepended.
+
+    `scheme`: Metaspace's `first` or `always`, which spare a text that begins with a space, or
+    `legacy`, Llama 2's normaliser, which does not.
+    """
     core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    if scheme == "legacy":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        core.normalizer = normalizers.Sequence(steps)
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ")]
     )
@@ -110,6 +119,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "smollm": smollm_like,
     "opt": opt_like,
     "llama": llama_like,
+    "llama_legacy": lambda: llama_like("legacy"),
     "eos_appending": eos_appending,
 }
 

@@ -79,6 +79,17 @@ def test_rloo() -> None:
     assert returns is None
 
 
+def test_empty_rows_shift_no_baseline() -> None:
+    """ALGORITHM 37: a row without a counted token is not a member of its group."""
+    mask = MASK.clone()
+    mask[1] = False
+    rewards = REWARDS[[0, 1, 2]]
+    arguments = {"token_rewards": rewards, "mask": mask[:3], "scores": SCORES[:3], "group_size": 3}
+    assert credit("rloo", **arguments)[0].tolist() == [[-0.5, -0.5, 0], [0] * 3, [0.5, 0, 0]]
+    plain, _ = credit("grpo", group_std=False, **arguments)  # scores 1 and 2
+    assert plain.tolist() == [[-0.5, -0.5, 0], [0] * 3, [0.5, 0, 0]]
+
+
 def test_reinforce_plus_plus() -> None:
     """ALGORITHM 37: rewards to come, whitened over the global batch."""
     advantages, returns = credit("reinforce++", gamma=0.5)

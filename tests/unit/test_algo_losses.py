@@ -192,6 +192,8 @@ def test_token_wise_prefix_identical_and_margin() -> None:
     """ALGORITHM 7: one answer a prefix of the other; no difference at all; a margin."""
     loss, stats, _ = token_wise([5, 6], [5, 6, 7], [0.0, 1.0], [0.0, 0.0, 3.0], margin=1.0)
     assert loss.item() == pytest.approx(softplus(3.0 - 1.0 + 1.0))
+    loss, stats, _ = token_wise([5, 6], [5, 6, 0], [0.0, 1.0], [0.0, 0.0, 3.0])  # 0 is the pad id
+    assert loss.item() == pytest.approx(softplus(3.0 - 1.0))
     loss, stats, gradient = token_wise([5, 6], [5, 6], [0.0, 1.0], [0.0, 0.0])
     assert (loss.item(), stats["pairs"].item(), stats["correct"].item()) == (0, 0, 0)
     assert gradient.eq(0).all()
@@ -211,7 +213,9 @@ def test_token_wise_left_padding_changes_nothing() -> None:
 
     expected = loss_of(ids, values, mask)
     pad = torch.nn.functional.pad
-    assert loss_of(pad(ids, (3, 0)), pad(values, (3, 0)), pad(mask, (3, 0))) == expected
+    left = pad(ids, (3, 0))
+    left[1, :3] = 4  # what stands under the mask does not matter
+    assert loss_of(left, pad(values, (3, 0)), pad(mask, (3, 0))) == expected
     answer_only = mask.clone()
     answer_only[:, :2] = False
     assert loss_of(ids, values, answer_only) == expected

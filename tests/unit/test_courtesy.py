@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.data import courtesy, courtesy_judge, courtesy_text, judges
 from rlhf.data.courtesy import FULL_SCORE, LEVELS, PAIR_WEIGHTS, answer, judge, main, rows
 from rlhf.data.courtesy_text import (
     CLOSINGS,
@@ -78,25 +82,25 @@ def test_deterministic_and_seeded():
 
 def test_same_rows_in_another_process():
     """No dependence on hash randomisation."""
-    code = "import hashlib,json;from rlhf.data.courtesy import rows;" + (
-        "print(hashlib.sha256(json.dumps(rows('train',pairs=300)).encode()).hexdigest())"
-    )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(digests) == 1
+    code = "import json; from rlhf.data.courtesy import rows; print(json.dumps(rows('test')))"
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, check=True)
+    assert json.loads(out.stdout.splitlines()[-1]) == TEST
 
 
-def test_imports_no_torch():
-    code = "import sys, rlhf.data.courtesy, rlhf.data.judges; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("module", [courtesy, courtesy_judge, courtesy_text, judges])
+def test_standard_library_only(module):
+    """The modules themselves load nothing heavy, whatever their package does."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    ours = {n for n in names if n.startswith("rlhf")}
+    assert ours <= {"rlhf.data", "rlhf.errors"} | {n for n in ours if "courtesy" in n}
+    third = {n.split(".")[0] for n in names - ours} - set(sys.stdlib_module_names)
+    assert third <= {"vaderSentiment"}
 
 
 def test_test_prompts_never_in_train():
@@ -242,6 +246,7 @@ CASES = [
     (" Paris.", 1, 0, 1),
     (" Paris. That is all.", 1, 0, 1),
     (" Ugh. Paris. Go away.", 1, 0, 1),
+    (" Ugh. Paris. Ugh.", 1, 0, 0),
     (" Sure! Woof. Enjoy!", 0, 1, 1),  # off the point
     (" Sure! The capital of France is Rome. Enjoy!", 0, 1, 1),  # another city
     (" Sure! The capital of Japan is Paris. Enjoy!", 0, 1, 1),  # another country

@@ -18,6 +18,7 @@ from rlhf.data.batches import (
     plan_batches,
     row_lengths,
 )
+from rlhf.data.plan import whole_pass
 from tests.unit.data_help import SHARED, gpt2_like, needs_shared, run
 
 PAD, EOS = 9, 2
@@ -161,6 +162,19 @@ def test_steps_per_epoch_never_change(rows: list[tuple[int, int]], plan: dict[st
     assert len(counts) == 1
 
 
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 9), st.sampled_from([1, 2, 4]))
+def test_whole_pass(lengths: list[int], micro: int, world: int) -> None:
+    """ALGORITHM 30, evaluation: every row once over the ranks, as many micro-batches on each."""
+    ranks = [
+        whole_pass(lengths, micro_batch_size=micro, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    rows = [row for rank in ranks for batch in rank for row in batch]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert len({len(rank) for rank in ranks}) == 1
+    assert all(len(batch) <= micro for rank in ranks for batch in rank)
+
+
 def test_epochs_and_seeds_differ() -> None:
     """Rows are shuffled by seed and epoch, and reproducibly."""
     plan = {"batch_size": 8, "micro_batch_size": 8}
@@ -176,10 +190,23 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_micro_batches_hold_similar_lengths() -> None:
-    """By hand: lengths 8..1, 2 ranks, micro-batches of 2: neighbours together, longest first."""
+    """By hand: 2 ranks, micro-batches of 2: rows of neighbouring length together, longest first."""
     plan = {"batch_size": 8, "micro_batch_size": 2, "seed": 0, "epoch": 0}
-    ranks = _ranks([(8 - i, 0) for i in range(8)], 2, False, plan)
-    assert ranks == [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
+    lengths = [3, 8, 1, 6, 7, 2, 5, 4]
+    ranks = _ranks([(length, 0) for length in lengths], 2, False, plan)
+    by_length = [
+        [[[lengths[row] for row in micro] for micro in step] for step in rank] for rank in ranks
+    ]
+    assert by_length == [[[[8, 7], [4, 3]]], [[[6, 5], [2, 1]]]]
+
+
+def test_groups_that_do_not_fit_open_one_more_batch() -> None:
+    """ALGORITHM 8: 16 prompts of 3 pairs in batches of 16: five prompts fit, so four batches."""
+    rows = [(1, i // 3) for i in range(48)]
+    plan = {"batch_size": 16, "micro_batch_size": 16, "seed": 0, "epoch": 0}
+    (steps,) = _ranks(rows, 1, True, plan)
+    assert sorted(len(step[0]) for step in steps) == [3, 15, 15, 15]
+    assert all(set(Counter(row // 3 for row in step[0]).values()) == {3} for step in steps)
 
 
 def test_pairs_of_one_prompt_share_a_batch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import multiprocessing
 import stat
@@ -11,7 +13,6 @@ from typing import Any
 import pytest
 
 from rlhf.data import cache
-from rlhf.data import prepare as prepare_module
 from rlhf.data.report import DataReport
 from rlhf.data.templates import apply_template
 from rlhf.data.tokenizers import Encoder, prepare_tokenizer
@@ -143,13 +144,15 @@ class Builds:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        real = prepare_module._build
+        # The package's attribute of that name is the function.
+        module = importlib.import_module("rlhf.data.prepare")
+        real = module._build
 
         def build(*args: Any) -> None:
             self.count += 1
             real(*args)
 
-        monkeypatch.setattr(prepare_module, "_build", build)
+        monkeypatch.setattr(module, "_build", build)
 
 
 @pytest.fixture
@@ -241,6 +244,21 @@ def test_cache_place_and_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"set data\.cache_dir"):
         run(path, gpt2_like(), tmp_path / "file")
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk gives a DataError with the remedy, and no file that a later start would find."""
+    path = write_jsonl(tmp_path / "r.jsonl", [pair(i) for i in range(9)])
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", source)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.os, "replace", full)
+        with pytest.raises(DataError, match=r"No space left .*data\.cache_dir"):
+            run(path, gpt2_like(), tmp_path / "c")
+    assert list((tmp_path / "c").iterdir()) == []
+    assert run(path, gpt2_like(), tmp_path / "c").report.read == 9
 
 
 def _one_process(path: Path, store: Path, queue: Any) -> None:

@@ -225,6 +225,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "answer type": (b'{"prompt": "p", "chosen": {"a": 1}}', "column 'chosen' is dict, not text"),
     "margin": (b'{"prompt": "p", "margin": "big"}', "column 'margin' is not a number"),
     "nan": (b'{"prompt": "p", "margin": NaN}', "column 'margin' is not a number"),
+    "bool": (b'{"prompt": "p", "margin": true}', "column 'margin' is not a number"),
     "no rejected": (b'{"prompt": "p", "chosen": "a"}', "column 'rejected' is missing"),
     "empty answer": (
         b'{"prompt": "p", "chosen": "a", "rejected": " "}',

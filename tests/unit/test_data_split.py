@@ -73,6 +73,16 @@ def test_order_of_rows_and_paths_changes_nothing(tmp_path: Path) -> None:
     assert first != _prompts([a, b], tmp_path / "c1", seed=2)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_overlapping_data_sets_changes_nothing(seed: int, tmp_path: Path) -> None:
+    """C11: which data set a shared row counts for does not depend on the order of the paths."""
+    a = write_jsonl(tmp_path / "a/r.jsonl", [pair(i) for i in range(40)])
+    b = write_jsonl(tmp_path / "b/r.jsonl", [pair(i) for i in range(17, 70)])
+    one = _prompts([a, b], tmp_path / "c1", seed=seed)
+    two = _prompts([b, a], tmp_path / "c2", seed=seed)
+    assert one == two
+
+
 def test_duplicates_stay_in_one_step(tmp_path: Path) -> None:
     """C11, C14: copies, in one file or in two data sets, are counted and never split."""
     rows = [pair(i) for i in range(20)]

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.hub import check_hub
+from launch.preflight import check_names
+from rlhf.errors import RequirementError
 from tests.hubclient import ROOT, client_env, files_with
 
 TOKEN = "hf_planted_in_a_test"
@@ -101,3 +104,14 @@ def test_which_endpoint_the_processes_get(
         assert step["env"].get("HF_ENDPOINT") == expected
         assert step["env"].get("HF_HUB_DISABLE_XET") == ("1" if expected else None)
         assert ("HF_ENDPOINT" in step["unset"]) == (expected is None and variable is not None)
+
+
+@pytest.mark.parametrize("path", ["org/pairs", "org/pairs:default", "org/pairs@v1"])
+def test_every_form_of_a_hub_data_set_is_checked_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """C4, C10: configuration and revision in a data path do not hide that it needs the hub."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    check_names([], [path])
+    with pytest.raises(RequirementError, match=r"org/pairs.*out of reach"):
+        check_hub([], [path], "http://127.0.0.1:9", False)

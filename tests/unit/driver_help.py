@@ -1,0 +1,93 @@
+"""Fakes for the driver's tests: step scripts that take no time, started without deepspeed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf.store import STEP_DIRS, RunDir, jsonable, publish
+
+KINDS = {1: "sft", 2: "reward", 3: "ppo"}
+PARENTS = {1: [], 2: ["sft"], 3: ["sft", "reward"]}
+
+# A step that behaves as $FAKE says, for the step in $FAKE_STEP only (default: all).
+SCRIPT = """
+import json, os, sys, time, pathlib
+sys.path.insert(0, {root!r})
+resolved = json.loads(pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+step, run = resolved["step"], pathlib.Path(resolved["run_dir"])
+mode = os.environ.get("FAKE", "ok")
+if os.environ.get("FAKE_STEP", str(step)) != str(step):
+    mode = "ok"
+logs = run / {dirs!r}[step] / "logs"
+print("this is step", step, "as", mode, flush=True)
+
+def record(**fields):
+    base = {{"rank": 0, "phase": "train", "type": "RuntimeError", "message": "it broke",
+            "remedy": "", "traceback": "", "exit_code": 1}}
+    (logs / "rank0.failure.json").write_text(json.dumps({{**base, **fields}}))
+
+def make():
+    from tests.unit.driver_help import make_artifact
+    make_artifact(run, step, resolved["config"], resolved["parents"])
+    if step == 3:
+        (run / "step3_ppo" / "verdict.txt").write_text("reward 1.0 -> 2.0\\n")
+
+if mode in ("ok", "crash_after"):
+    make()
+elif mode == "record_after":
+    make()
+    record()
+if mode == "fail":
+    record()
+    print("Traceback: it broke", file=sys.stderr)
+elif mode == "requirement":
+    record(exit_code=3, type="DataError", message="rows.jsonl: no rows; give --data-path")
+elif mode == "memory":
+    record(type="OutOfMemoryError", message="CUDA out of memory.")
+elif mode == "sleep":
+    (run / "asleep").write_text(str(os.getpid()) + "\\n")
+    time.sleep(600)
+sys.exit(mode in ("fail", "memory", "crash_after") or (3 if mode == "requirement" else 0))
+"""
+
+
+def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | None = None) -> str:
+    """Publishes a small artifact as the step would; returns its id."""
+    from rlhf.store import MANIFEST, read_manifest
+
+    records = {}
+    for name, path in (parents or {}).items():
+        known = (Path(path) / MANIFEST).is_file()
+        records[name] = {"path": path, "id": read_manifest(path).id if known else None}
+    manifest = publish(
+        RunDir(run).step_dir(step),
+        lambda directory: (directory / "model.safetensors").write_bytes(b"weights") and None,
+        kind=KINDS[step],
+        step=step,
+        parents=records,
+        data_fingerprint="d" * 64,
+        tokenizer_fingerprint="t" * 64,
+        config=jsonable(config),
+        metrics={},
+    )
+    return manifest.id
+
+
+def write_scripts(root: Path, project: Path) -> None:
+    """Fake step scripts below `root`, in the project's layout."""
+    for folder in STEP_DIRS.values():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        text = SCRIPT.format(root=str(project), dirs=STEP_DIRS)
+        (root / folder / "main.py").write_text(text)
+
+
+def plain(script: Path, args: list[str], placement: Any) -> list[str]:
+    """A launcher that starts one plain process."""
+    return [sys.executable, str(script), *args]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,347 @@
+"""The driver from command line to verified artifacts, with fake steps (C1, C3, C6, exit codes)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import launch.plan
+import train
+from launch.launchers import LAUNCHERS
+from launch.spec import PROJECT_ROOT
+from rlhf.store import RunDir, read_manifest
+from tests.unit.driver_help import make_artifact, plain, read, write_scripts
+from tests.unit.test_launch_supervise import alive, wait_for
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Runs train.py's main in `tmp_path`: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch.plan, "PROJECT_ROOT", tmp_path / "steps")
+    monkeypatch.setitem(LAUNCHERS, "deepspeed", plain)
+    write_scripts(tmp_path / "steps", PROJECT_ROOT)
+
+    def run(*argv: str, fake: str = "ok", step: int | None = None) -> tuple[int, str, str]:
+        monkeypatch.setenv("FAKE", fake)
+        monkeypatch.delenv("FAKE_STEP", raising=False)
+        if step is not None:
+            monkeypatch.setenv("FAKE_STEP", str(step))
+        code = train.main(list(argv))
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_all_three_steps(driver, tmp_path: Path) -> None:
+    """C1: no --step means all; C6: console and log; the verdict is shown."""
+    code, out, err = driver()
+    assert (code, err) == (0, "")
+    run = RunDir(tmp_path / "output" / "tiny_cpu")
+    ids = {step: read_manifest(run.step_dir(step) / "artifact").id for step in (1, 2, 3)}
+    last = read_manifest(run.artifact("ppo"))
+    assert {name: parent.id for name, parent in last.parents.items()} == {
+        "sft": ids[1],
+        "reward": ids[2],
+    }
+    positions = [out.index(f"this is step {step} as ok") for step in (1, 2, 3)]
+    assert positions == sorted(positions)
+    assert "reward 1.0 -> 2.0" in out
+    for step in (1, 2, 3):
+        assert f"step {step} done" in out
+        assert "this is step" in (run.logs(step) / "console.log").read_text()
+        assert read(run.resolved(step))["step"] == step
+    assert read(run.resolved(2))["config"]["step2"]["max_length"] == 128
+    assert "step2.max_length = 128 (inherited from step 1)" in out
+
+
+def test_what_is_done_is_not_done_again(driver, tmp_path: Path) -> None:
+    """A step whose artifact verifies and whose settings are the same is skipped."""
+    assert driver()[0] == 0
+    run = RunDir(tmp_path / "output" / "tiny_cpu")
+    before = read_manifest(run.artifact("sft")).id
+    code, out, _ = driver("launch.threads=2")
+    assert code == 0
+    assert out.count("already done") == 3
+    assert "this is step" not in out
+    code, out, _ = driver("step2.optim.learning_rate=0.5")
+    assert "settings changed: step2.optim.learning_rate 0.001 -> 0.5" in out
+    assert "step 2 runs again" in out
+    assert [f"this is step {n}" in out for n in (1, 2, 3)] == [False, True, True]
+    code, out, _ = driver("step2.optim.learning_rate=0.5", "seed=5")
+    assert [f"this is step {n}" in out for n in (1, 2, 3)] == [True, True, True]
+    assert read_manifest(run.artifact("sft")).id != before
+
+
+def test_force(driver) -> None:
+    assert driver("--step", "1")[0] == 0
+    code, out, _ = driver("--step", "1", "--force")
+    assert code == 0
+    assert "again: --force" in out
+    assert "this is step 1" in out
+
+
+def test_a_broken_artifact_is_made_again(driver, tmp_path: Path) -> None:
+    """One flipped byte is caught; the step's own command repairs it, the next one refuses."""
+    assert driver("--step", "1", "2")[0] == 0
+    weights = tmp_path / "output/tiny_cpu/step1_sft/artifact/model.safetensors"
+    weights.write_bytes(b"weightz")
+    code, _, err = driver("--step", "2")
+    assert code == 3
+    assert "is corrupt" in err
+    assert "python train.py --step 1" in err
+    code, out, _ = driver("--step", "1")
+    assert code == 0
+    assert "again: its artifact does not verify" in out
+    assert driver("--step", "2")[0] == 0
+
+
+def test_the_stage_gate_names_the_command(driver, tmp_path: Path) -> None:
+    """C3: without steps 1 and 2, exit 3 and the exact command, with the same flags."""
+    code, _, err = driver("--step", "3", "--name", "x", "step3.ppo.kl_coef=0.1")
+    assert code == 3
+    assert "python train.py --step 1 --name x step3.ppo.kl_coef=0.1" in err
+    assert "--actor-model" in err
+    assert driver("--step", "1", "--name", "x")[0] == 0
+    code, _, err = driver("--step", "3", "--name", "x")
+    assert code == 3
+    assert "python train.py --step 2 --name x" in err
+    assert "--reward-model" in err
+
+
+def test_a_deleted_artifact(driver, tmp_path: Path) -> None:
+    """C3: delete an artifact: exit 3, names the command; not even a model of one's own helps."""
+    assert driver("--step", "1")[0] == 0
+    manifest = tmp_path / "output/tiny_cpu/step1_sft/artifact/MANIFEST.json"
+    manifest.unlink()
+    for extra in ((), ("--actor-model", "tiny:llama")):
+        code, _, err = driver("--step", "2", *extra)
+        assert code == 3
+        assert "never finished" in err
+        assert "python train.py --step 1" in err
+
+
+def test_a_failing_step(driver, tmp_path: Path) -> None:
+    """Exit code 1: log, phase, remedy; the steps after it do not start."""
+    code, out, err = driver(fake="fail", step=2)
+    assert code == 1
+    assert "step 2 failed" in err
+    assert "rank 0 in train: RuntimeError: it broke" in err
+    assert "  | Traceback: it broke" in err
+    assert "this is step 3" not in out
+    code, out, _ = driver()
+    assert code == 0
+    assert "already done" in out
+    assert "this is step 1" not in out
+
+
+def test_a_success_without_an_artifact_is_a_failure(driver) -> None:
+    """DESIGN: a step is done when its manifest verifies, never because of its exit code."""
+    code, _, err = driver("--step", "1", fake="nothing")
+    assert code == 1
+    assert "it reported success, but its artifact does not verify" in err
+
+
+def test_an_earlier_artifact_is_not_taken_for_a_new_one(driver) -> None:
+    assert driver("--step", "1")[0] == 0
+    code, _, err = driver("--step", "1", "--force", fake="nothing")
+    assert code == 1
+    assert "is that of an earlier run" in err
+
+
+def test_a_crash_after_publishing_is_no_failure(driver) -> None:
+    """The artifact verifies: that is what counts. A rank's own failure record counts too."""
+    code, out, _ = driver("--step", "1", fake="crash_after")
+    assert code == 0
+    assert "warning: after publishing, its processes ended with exit code 1" in out
+    code, _, err = driver("--step", "1", "--force", fake="record_after")
+    assert code == 1
+    assert "it broke" in err
+
+
+def test_a_requirement_found_by_the_step(driver) -> None:
+    code, _, err = driver("--step", "1", fake="requirement")
+    assert code == 3
+    assert err == "error: step 1: rows.jsonl: no rows; give --data-path\n"
+
+
+def test_out_of_memory(driver) -> None:
+    """C8."""
+    code, _, err = driver("--step", "1", fake="memory")
+    assert code == 1
+    assert "Lower step1.train.micro_batch_size" in err
+
+
+def test_foreign_models(driver, tmp_path: Path) -> None:
+    """C3: a Hugging Face directory is accepted instead of a step, and the plan says so."""
+    for name in ("actor", "judge"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    code, out, _ = driver(
+        "--step", "3", "--actor-model", "actor", "--reward-model", "judge", "--name", "new"
+    )
+    assert code == 0
+    assert f"--actor-model: {tmp_path / 'actor'} serves as the SFT model" in out
+    resolved = read(tmp_path / "output/new/step3_ppo/resolved.json")
+    assert resolved["parents"] == {
+        "sft": str(tmp_path / "actor"),
+        "reward": str(tmp_path / "judge"),
+    }
+
+
+def test_an_artifact_of_another_run(driver, tmp_path: Path) -> None:
+    """Its manifest is verified and its settings are inherited; a wrong kind is refused."""
+    assert driver("--step", "1", "2", "--name", "old", "step1.max_prompt_length=40")[0] == 0
+    old = tmp_path / "output" / "old"
+    models = [str(old / folder / "artifact") for folder in ("step1_sft", "step2_reward")]
+    argv = ["--step", "3", "--name", "new", "--actor-model", models[0], "--reward-model", models[1]]
+    code, out, _ = driver(*argv)
+    assert code == 0
+    assert "step3.rollout.max_prompt_length = 40 (inherited from step 1)" in out
+    code, _, err = driver(
+        *argv[:4], "--actor-model", models[1], "--reward-model", models[1], "seed=1"
+    )
+    assert code == 3
+    assert "this is a 'reward' artifact, a 'sft' artifact is needed" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("./nowhere", "no such file or directory"), ("empty", "no model in this directory")],
+)
+def test_a_foreign_model_that_is_none(driver, tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    code, _, err = driver("--step", "2", "--actor-model", name, "--name", "n")
+    assert code == 3
+    assert said in err
+
+
+def test_other_tokenizers_do_not_fit(driver, tmp_path: Path) -> None:
+    """STYLE 15: the reward model must read the actor's tokens."""
+    assert driver("--step", "1", "2")[0] == 0
+    path = tmp_path / "output/tiny_cpu/step2_reward/artifact"
+    manifest = read_manifest(path)
+    from rlhf.store import publish
+
+    publish(
+        path.parent,
+        lambda directory: (directory / "w").write_bytes(b"x") and None,
+        kind="reward",
+        step=2,
+        parents={n: p.model_dump() for n, p in manifest.parents.items()},
+        data_fingerprint="d",
+        tokenizer_fingerprint="u" * 64,
+        config=manifest.config,
+        metrics={},
+    )
+    code, _, err = driver("--step", "3")
+    assert code == 3
+    assert "was trained with tokenizer uuuuuuuu, the actor's" in err
+    assert "retrain step 2" in err
+
+
+def test_what_the_run_writes_down(driver, tmp_path: Path) -> None:
+    """pipeline.json and command.sh; a planted token is in none of the run's files (Y6)."""
+    os.environ["HF_TOKEN"] = "hf_planted_secret"
+    try:
+        assert driver("--step", "1", "--seed", "9")[0] == 0
+        assert driver("--step", "1", "--seed", "9")[0] == 0
+    finally:
+        del os.environ["HF_TOKEN"]
+    run = RunDir(tmp_path / "output" / "tiny_cpu")
+    pipeline = read(run.pipeline)
+    assert pipeline["asked"] == ["--step", "1", "--seed", "9"]
+    assert pipeline["steps"][0]["action"] == "skip"
+    assert pipeline["earlier"][0]["steps"][0]["action"] == "run"
+    assert "torch" in pipeline["versions"]
+    script = run.command(1)
+    assert script.stat().st_mode & stat.S_IXUSR
+    for path in run.path.rglob("*"):
+        if path.is_file():
+            assert b"hf_planted_secret" not in path.read_bytes(), path
+    (run.step_dir(1) / "artifact").rename(tmp_path / "aside")
+    done = subprocess.run([str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(run.artifact("sft")).step == 1
+
+
+def test_a_busy_port(driver) -> None:
+    """C5: 29500 busy does no harm; asked for, it is explained."""
+    import socket
+
+    with socket.socket() as busy:
+        busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        busy.bind(("", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        code, _, err = driver("--master-port", port)
+        assert code == 3
+        assert f"--master-port {port}: the port is in use" in err
+        assert driver("--step", "1")[0] == 0
+
+
+def test_one_driver_per_run_directory(driver, tmp_path: Path) -> None:
+    from launch.execute import locked
+
+    with locked(tmp_path / "output" / "tiny_cpu"):
+        code, _, err = driver("--step", "1")
+    assert code == 3
+    assert "another train.py is working" in err
+
+
+DRIVE = """
+import pathlib, sys
+sys.path.insert(0, {root!r})
+import launch.plan, train
+from launch.launchers import LAUNCHERS
+from tests.unit.driver_help import plain
+launch.plan.PROJECT_ROOT = pathlib.Path({steps!r})
+LAUNCHERS["deepspeed"] = plain
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt(tmp_path: Path, number: signal.Signals) -> None:
+    """Exit code 130: children end too, none is orphaned; what was done stays done."""
+    write_scripts(tmp_path / "steps", PROJECT_ROOT)
+    code = DRIVE.format(root=str(PROJECT_ROOT), steps=str(tmp_path / "steps"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "FAKE": "sleep", "FAKE_STEP": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    mark = tmp_path / "output/tiny_cpu/asleep"
+    child = int(
+        wait_for(lambda: mark.exists() and mark.read_text().endswith("\n") and mark.read_text())
+    )
+    began = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert time.monotonic() - began < 30
+    assert "interrupted" in err
+    assert not alive(child)
+    assert read_manifest(tmp_path / "output/tiny_cpu/step1_sft/artifact").kind == "sft"
+
+
+def test_make_artifact_is_what_the_driver_expects(tmp_path: Path) -> None:
+    """The fake writes what a real step writes: a manifest with the whole run's configuration."""
+    from rlhf.config import RunConfig
+
+    make_artifact(tmp_path, 1, RunConfig().model_dump(mode="json"))
+    manifest = read_manifest(tmp_path / "step1_sft" / "artifact")
+    assert json.loads(json.dumps(manifest.config)) == RunConfig().model_dump(mode="json")
