@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
-        print(f"interrupted: {error}. The same command starts it again and keeps what is done", file=sys.stderr)
+        print(
+            f"interrupted: {error}. The same command starts it again and keeps what is done",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

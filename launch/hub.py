@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlhf.config.names import DEFAULT_ENDPOINT, is_hub_dataset, is_hub_model
+from rlhf.config.names import DEFAULT_ENDPOINT, hub_dataset, is_hub_model
 from rlhf.errors import RequirementError
 
 TIMEOUT_SECONDS = 5.0
@@ -32,7 +32,7 @@ def is_cached(kind: str, name: str, environ: Mapping[str, str] | None = None) ->
 def needed(models: list[str], data: list[str]) -> list[tuple[str, str]]:
     """("models" | "datasets", id) of everything that comes from a hub, each once."""
     ids = [("models", name) for name in models if is_hub_model(name)]
-    ids += [("datasets", name) for name in data if is_hub_dataset(name)]
+    ids += [("datasets", repo) for name in data if (repo := hub_dataset(name))]
     return list(dict.fromkeys(ids))
 
 

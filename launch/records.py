@@ -11,7 +11,6 @@ from typing import Any
 from launch.options import Options
 from launch.plan import Plan, StepPlan
 from launch.spec import LaunchSpec
-from rlhf.config.names import redact
 from rlhf.errors import RequirementError
 from rlhf.store import RunDir, library_versions, read_json, write_json_atomic
 
@@ -20,7 +19,7 @@ def record_plan(options: Options, plan: Plan) -> None:
     """pipeline.json: what was asked, with which versions, and the command lines."""
     entry = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "asked": [redact(token) for token in options.argv],
+        "asked": options.argv,
         "python": sys.executable,
         "recipe": str(plan.recipe) if plan.recipe else None,
         "world_size": plan.placement.world_size,

@@ -12,6 +12,10 @@ from rlhf.errors import ConfigError
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _SIZE = re.compile(r"\d+(\.\d+)?[mb]")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# `sample:courtesy` is no configuration of a data set `sample`: only owner/name takes one.
+_HUB_DATASET = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*|(?!:)))(:[\w.-]+)?(@[\w./-]+)?"
+)
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 
 
@@ -39,11 +43,20 @@ def is_hub_model(name: str) -> bool:
     return not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
 
 
+def hub_dataset(name: str) -> str | None:
+    """The repository of a data set that is fetched from a hub, without `:config` and `@revision`.
+
+    None for `sample:` data, URLs and files.
+    """
+    found = _HUB_DATASET.fullmatch(name)
+    if found is None or name.endswith(_DATA_SUFFIXES) or Path(name).expanduser().exists():
+        return None
+    return found["repo"]
+
+
 def is_hub_dataset(name: str) -> bool:
-    """Is this data set fetched from a hub? (`sample:`, URLs and files are not.)"""
-    if ":" in name or name.endswith(_DATA_SUFFIXES):
-        return False
-    return not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
+    """Is this data set fetched from a hub?"""
+    return hub_dataset(name) is not None
 
 
 def normalize_endpoint(text: str | None) -> str | None:
@@ -73,9 +86,3 @@ def refuse_credentials(text: str, setting: str) -> str:
             "run's files. Put it into the environment instead (HF_TOKEN, AWS_ACCESS_KEY_ID, ...)"
         )
     return text
-
-
-def redact(text: str) -> str:
-    """`text` with the passwords in its URLs and the values of token flags blanked out."""
-    text = re.sub(r"://[^/@\s]*@", "://***@", text)
-    return re.sub(r"(?i)((?:token|secret|password|api_?key)[=:])\S+", r"\1***", text)

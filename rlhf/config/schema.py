@@ -118,7 +118,9 @@ class ModelConfig(Section):
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = doc(0, "ZeRO: what is sharded over the ranks.")
-    offload: Literal["none", "cpu", "nvme"] = doc("none", "Where optimiser state (and, at ZeRO-3, weights) lives.")
+    offload: Literal["none", "cpu", "nvme"] = doc(
+        "none", "Where optimiser state (and, at ZeRO-3, weights) lives."
+    )
     nvme_path: str | None = doc(None, "Directory for `offload: nvme`.")
     overlap_comm: bool = doc(True, "Overlap gradient reduction with the backward pass.")
     contiguous_gradients: bool = doc(True, "Copy gradients to one buffer as they are made.")
@@ -182,7 +184,9 @@ class RewardConfig(Section):
     model: ModelConfig = doc(ModelConfig, "What it starts from; unset: step 1's model.")
     engine: EngineConfig = doc(EngineConfig, "DeepSpeed.")
     optim: OptimConfig = doc(OptimConfig, "Optimiser.")
-    head_learning_rate: float | None = doc(None, "Learning rate of the scalar head, if another.", gt=0)
+    head_learning_rate: float | None = doc(
+        None, "Learning rate of the scalar head, if another.", gt=0
+    )
     train: TrainConfig = doc(TrainConfig, "Batches and steps; a row is one pair.")
     max_prompt_length: Positive | None = doc(None, "Unset: as in step 1.")
     max_length: Positive | None = doc(None, "Unset: as in step 1.")
@@ -218,7 +222,9 @@ class RolloutConfig(Section):
 
 
 class PPOConfig(Section):
-    kl_coef: float = doc(0.05, "Weight of the KL penalty in the reward (first value if adaptive).", ge=0)
+    kl_coef: float = doc(
+        0.05, "Weight of the KL penalty in the reward (first value if adaptive).", ge=0
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = doc("k1", "KL estimator in the reward.")
     kl_target: float | None = doc(None, "Nats per answer; set: the coefficient adapts to it.", gt=0)
     kl_horizon: float = doc(10_000, "Answers over which the coefficient adapts.", gt=0)
@@ -324,7 +330,8 @@ class HubConfig(Section):
 
 class TrackConfig(Section):
     trackers: list[str] | Literal["auto"] = doc(
-        "auto", "Besides metrics.jsonl: accelerate's trackers by name; auto: tensorboard if installed."
+        "auto",
+        "Besides metrics.jsonl: accelerate's trackers by name; auto: tensorboard if installed.",
     )
     project: str = doc("rlhf", "Project name for trackers that have one.")
 
@@ -360,5 +367,7 @@ class ResolvedStep(Section):
 def _check_lengths(section: Any) -> Any:
     prompt, total = section.max_prompt_length, section.max_length
     if prompt and total and prompt >= total:
-        raise ValueError(f"max_prompt_length {prompt} leaves no room for an answer in max_length {total}")
+        raise ValueError(
+            f"max_prompt_length {prompt} leaves no room for an answer in max_length {total}"
+        )
     return section

@@ -16,7 +16,7 @@ from launch import hub, preflight
 from launch.hub import check_hub, is_cached, needed, problem
 from rlhf.config import load_config
 from rlhf.config.load import parse_overrides
-from rlhf.config.names import is_hub_dataset, is_hub_model, normalize_endpoint, redact
+from rlhf.config.names import is_hub_dataset, is_hub_model, normalize_endpoint
 from rlhf.errors import ConfigError, RequirementError
 
 
@@ -150,13 +150,6 @@ def test_bad_endpoints(text: str) -> None:
     """C4."""
     with pytest.raises(ConfigError, match="http:// or https://"):
         normalize_endpoint(text)
-
-
-def test_redact() -> None:
-    """Y6: what was asked is written down without its secrets."""
-    assert redact("s3://key:pw@bucket/x") == "s3://***@bucket/x"
-    assert redact("--hub-token=hf_x") == "--hub-token=***"
-    assert redact("tokenizer=abc") == "tokenizer=abc"
 
 
 def test_names_that_do_not_exist() -> None:

@@ -230,6 +230,7 @@ def test_bfloat16_log_probs(family):
     with lean_attention(model):
         used.append(model.config._attn_implementation)
     assert used == [NAME]
+    assert model.config._attn_implementation == "sdpa"
     out = build(model).generate(prompts(*LENGTHS), SAMPLED)
     gap = (out.log_probs - fresh_log_probs(model, out, 1.0))[out.answer_mask].abs()
     assert gap.mean() < 0.02

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from rlhf.config.names import DEFAULT_ENDPOINT
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, NoPreference, Part, Row, as_data_error
 from rlhf.errors import DataError
@@ -28,6 +29,7 @@ def open_hub(path: str, data: DataConfig) -> DataSet:
             f"data path {path!r}: neither a file here, a URL, nor a hub id (`org/name`, "
             "`org/name:config`, `org/name@revision`)"
         )
+    _stay_on_a_mirror()
     with as_data_error(path, _REMEDY):
         loaded = datasets.load_dataset(
             found["name"], found["config"], revision=found["revision"] or None
@@ -43,6 +45,14 @@ def open_hub(path: str, data: DataConfig) -> DataSet:
     if held_out and held_out != data.hub_split and held_out in loaded:
         parts.append(_part(path, held_out, True, loaded[held_out], adapter))
     return DataSet(path, tuple(parts))
+
+
+def _stay_on_a_mirror() -> None:
+    """With a mirror, `datasets` still asks datasets-server.MIRROR (token included, limit 100 s) and
+    counts the download at s3.amazonaws.com."""
+    if datasets.config.HF_ENDPOINT != DEFAULT_ENDPOINT:
+        datasets.config.USE_PARQUET_EXPORT = False
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 
 def _part(
