@@ -87,7 +87,12 @@ def _critic(
     """Starts from the reward model (34), on the scale of its normalised scores."""
     role = settings.critic
     critic = models.load_scalar(
-        reward, role.model, engine=role.engine, dtype=dtype, new_head=False, **common
+        role.model.name or reward,
+        role.model,
+        engine=role.engine,
+        dtype=dtype,
+        new_head=False,
+        **common,
     )
     say(f"critic: {models.describe(critic, dtype)}")
     return TrainEngine(critic, role.engine, role.optim, dtype=dtype, total_steps=steps)

@@ -266,7 +266,9 @@ class RLConfig(Section):
 
     algorithm: Literal["ppo", "grpo", "rloo", "reinforce++"] = doc("ppo", "How credit is given.")
     actor: RoleConfig = doc(RoleConfig, "The policy.")
-    critic: RoleConfig = doc(RoleConfig, "The value model; starts from the reward model.")
+    critic: RoleConfig = doc(
+        RoleConfig, "The value model; starts from the reward model, or from its own model.name."
+    )
     reference_engine: EngineConfig = doc(EngineConfig, "Engine of reference and reward model.")
     rollout: RolloutConfig = doc(RolloutConfig, "Generation.")
     ppo: PPOConfig = doc(PPOConfig, "The algorithm's numbers.")
