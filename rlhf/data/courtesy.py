@@ -31,7 +31,7 @@ from rlhf.data.courtesy_text import (
 
 __all__ = ["FULL_SCORE", "LEVELS", "PAIR_WEIGHTS", "answer", "judge", "rows", "write"]
 
-TRAIN_PAIRS = 6400
+TRAIN_PAIRS = 9600
 TEST_PAIRS = 400
 MAX_WORDS = 20
 MAX_GAP = 32
@@ -59,7 +59,7 @@ def rows(
     """The pairs of a split as {prompt, response, chosen, rejected}; response is chosen.
 
     The same arguments give the same rows. Prompts of the two splits are disjoint for all seeds.
-    `pairs`: how many; default 6,400 for train and 400 for test. Raises ValueError for another
+    `pairs`: how many; default 9,600 for train and 400 for test. Raises ValueError for another
     split's name.
     """
     if split not in ("train", "test"):
@@ -161,7 +161,7 @@ def _good(question: Question, rng: Random) -> list[str]:
 
 
 def _curt(question: Question, rng: Random) -> list[str]:
-    return _bare(_statement(question, rng, terse=0.4), rng)
+    return _bare(_statement(question, rng, terse=0.15), rng)
 
 
 def _off_topic(question: Question, rng: Random) -> list[str]:
@@ -169,11 +169,11 @@ def _off_topic(question: Question, rng: Random) -> list[str]:
 
 
 def _pointless(question: Question, rng: Random) -> list[str]:
-    return _bare(_elsewhere(question, rng, terse=0.4), rng)
+    return _bare(_elsewhere(question, rng, terse=0.15), rng)
 
 
 def _bare(statement: str, rng: Random) -> list[str]:
-    return [statement, rng.choice(FLAT)] if rng.random() < 0.6 else [statement]
+    return [statement, rng.choice(FLAT)] if rng.random() < 0.8 else [statement]
 
 
 def _rude(question: Question, rng: Random) -> list[str]:

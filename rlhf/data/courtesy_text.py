@@ -112,46 +112,6 @@ KINDS: dict[str, Kind] = {
         ),
         {"hot": "cold", "big": "small", "fast": "slow", "wet": "dry"},
     ),
-    "use": Kind(
-        _ASK,
-        (
-            "What is a {x} for?",
-            "What do people do with a {x}?",
-            "Why would I need a {x}?",
-            "What is the use of a {x}?",
-            "Do you know what a {x} is used for?",
-        ),
-        (
-            "To {y}.",
-            "It is used to {y}.",
-        ),
-        (
-            "You use a {x} to {y}.",
-            "People use a {x} when they want to {y}.",
-            "The thing that people do with a {x} is to {y}.",
-        ),
-        {"pen": "write", "knife": "cut", "cup": "drink", "bed": "sleep"},
-    ),
-    "home": Kind(
-        _ASK,
-        (
-            "Where does a {x} live?",
-            "What is the home of a {x}?",
-            "In what place can I find a {x}?",
-            "Name the home of a {x}.",
-            "Do you know where a {x} lives?",
-        ),
-        (
-            "In a {y}.",
-            "It lives in a {y}.",
-        ),
-        (
-            "A {x} lives in a {y}.",
-            "The home of a {x} is a {y}.",
-            "The place where you can find a {x} is a {y}.",
-        ),
-        {"bee": "hive", "bear": "cave", "spider": "web", "bird": "nest"},
-    ),
     "plural": Kind(
         _ASK,
         (
@@ -171,26 +131,6 @@ KINDS: dict[str, Kind] = {
             "When you have more than one {x} you say {y}.",
         ),
         {"mouse": "mice", "foot": "feet", "child": "children", "tooth": "teeth"},
-    ),
-    "rhyme": Kind(
-        _ASK,
-        (
-            "Find a word that rhymes with {x}.",
-            "What rhymes with {x}?",
-            "Give me a rhyme for {x}.",
-            "I need a rhyme on {x} for my song.",
-            "Which word sounds like {x}?",
-        ),
-        (
-            "{Y}.",
-            "Take {y}.",
-        ),
-        (
-            "{Y} rhymes with {x}.",
-            "A rhyme for {x} is {y}.",
-            "A word that you can rhyme with {x} is {y}.",
-        ),
-        {"moon": "spoon", "cake": "lake", "star": "jar", "ring": "king"},
     ),
     "feeling": Kind(
         _TALK,
@@ -212,53 +152,43 @@ KINDS: dict[str, Kind] = {
         ),
         {"tired": "a nap", "hungry": "some soup", "thirsty": "some tea", "sad": "a hug"},
     ),
-    "outing": Kind(
-        _TALK,
-        (
-            "I am going to the {x}.",
-            "We are off to the {x} today.",
-            "What should I take to the {x}?",
-            "My friend wants to see the {x}.",
-            "Soon I will be at the {x}.",
-        ),
-        (
-            "{Y}.",
-            "Bring {y}.",
-        ),
-        (
-            "{Y} is good for the {x}.",
-            "For the {x} you need {y}.",
-            "The thing that people bring to the {x} is {y}.",
-        ),
-        {"beach": "a towel", "forest": "a map", "party": "a gift", "school": "a bag"},
-    ),
 }
 
 OPENINGS = (
     "Sure!",
     "Of course!",
+    "Gladly!",
+    "Certainly!",
     "Happy to help!",
     "Good question!",
+    "Great that you ask!",
+    "My pleasure!",
     "Thank you for asking!",
-    "With pleasure, my friend!",
-    "I am glad that you asked me this!",
-    "What a nice thing to talk about!",
+    "Hello, dear friend!",
+    "Let me tell you!",
+    "Welcome back!",
+    "With joy!",
+    "Here you go!",
+    "Nice to meet you!",
 )
 CLOSINGS = (
     "Enjoy!",
+    "Cheers!",
     "Best wishes!",
     "All the best!",
     "Have a lovely day!",
     "I hope that helps!",
-    "Please ask me again any time!",
-    "Take good care of yourself!",
-    "Let me know if you want more!",
+    "Come again soon!",
+    "Good luck to you!",
+    "Stay well!",
+    "See you later!",
+    "Much love!",
+    "Warm regards!",
+    "Be happy!",
 )
 # Neither courteous nor rude; they let a curt answer be long.
 FLAT = (
     "Done.",
-    "Next.",
-    "That is all.",
     "That is the answer.",
     "There is nothing else to say.",
     "This is all that there is to know.",

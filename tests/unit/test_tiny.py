@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -113,14 +114,13 @@ def test_same_seed_same_bytes(tmp_path):
 
 
 def test_same_bytes_in_another_process(tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     code = (
-        "import sys; from pathlib import Path; from rlhf.models.tiny import build_tiny;"
-        "from rlhf.data.courtesy import rows;"
-        "texts = [r['prompt'] + r[s] for r in rows('train', pairs=400)"
-        " for s in ('chosen', 'rejected')];"
-        f"build_tiny('llama', texts, Path(sys.argv[1]), seed=1, size={SMALL!r})"
+        "import json, sys; from pathlib import Path; from rlhf.models.tiny import build_tiny;"
+        "texts = json.loads(Path(sys.argv[1], 'texts.json').read_text());"
+        f"build_tiny('llama', texts, Path(sys.argv[1], 'there'), seed=1, size={SMALL!r})"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     build_tiny("llama", TEXTS, tmp_path / "here", seed=1, size=SMALL)
     assert digests(tmp_path / "here") == digests(tmp_path / "there")
 
@@ -143,7 +143,9 @@ def test_sizes_and_vocabulary_are_settings(tmp_path):
 
 def test_answers_are_short_in_tokens():
     """The embedded default's answers stay under 28 tokens of its own tokenizer."""
-    every = [row["prompt"] + row[s] for row in rows("train") for s in ("chosen", "rejected")]
+    every = [
+        row["prompt"] + row[s] for row in rows("train", pairs=3000) for s in ("chosen", "rejected")
+    ]
     tokenizer = train_tokenizer(every, 1024, 512)
     assert 700 <= len(tokenizer) <= 1024
     lengths = [len(tokenizer(row[s]).input_ids) for row in rows("test") for s in ("chosen",)]
