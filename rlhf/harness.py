@@ -128,7 +128,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     failure = logs / f"rank{rank}.failure.json"
     failure.unlink(missing_ok=True)
-    with (logs / f"rank{rank}.log").open("a", buffering=1) as log:
+    with (logs / f"rank{rank}.log").open("a", buffering=1, encoding="utf-8") as log:
         faulthandler.enable(log)
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
         _quiet_libraries()

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import data, models
+from rlhf.config.schema import LoraConfig
 from rlhf.data.judges import Judge, resolve_judge
 from rlhf.engine import comm
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.train import FrozenEngine
-from rlhf.engine.zero3 import gathered
+from rlhf.engine.zero3 import kept_whole
+from rlhf.errors import UserError
 from rlhf.harness import StepRun
 from rlhf.report.answers import AnswerRecord, paired_gain, summarise
 from rlhf.report.verdict import build_verdict, render
@@ -70,7 +72,7 @@ def conclude(
     )
     if comm.rank() == 0:
         write_json_atomic(run.step_dir / "verdict.json", verdict)
-        (run.step_dir / "verdict.txt").write_text(render(verdict))
+        (run.step_dir / "verdict.txt").write_text(render(verdict), encoding="utf-8")
 
 
 def _answers(
@@ -80,7 +82,8 @@ def _answers(
     settings = run.config.step3
     world = comm.world_size()
     count = max(min(settings.eval.prompts, len(prompts)) // world, 1) * world
-    mine = list(range(count))[run.rank :: world]
+    # Every rank needs one; a prompt repeats where there are fewer prompts than ranks.
+    mine = [index % len(prompts) for index in range(count)][run.rank :: world]
     evaluation = Evaluation(
         prompts=data.collate_prompts(prompts.select(mine).to_list(), tokenizer.pad_token_id).to(
             roles.actor.device
@@ -92,27 +95,42 @@ def _answers(
         seed=run.config.seed + 1,
     )
     answers = []
-    if base is not None and (Path(base).is_dir() or "/" in base):
-        model = models.load_causal(
-            base,
-            settings.actor.model.model_copy(update={"lora": type(settings.actor.model.lora)()}),
-            engine=settings.reference_engine,
-            dtype=roles.actor_dtype,
-            pad_token_id=tokenizer.pad_token_id,
-            vocab_size=len(tokenizer),
-            dropout=False,
-        )
-        engine = FrozenEngine(model, settings.reference_engine, dtype=roles.actor_dtype)
+    engine = _base_engine(run, roles, tokenizer, base)
+    if engine is not None:
         answers.append(("base", evaluation.answers_of(engine, lambda: _whole(engine))))
-        del engine, model
+        del engine
     answers.append(("sft", evaluation.answers_of(roles.reference, lambda: _whole(roles.reference))))
     with roles.actor.evaluating():
         answers.append(("ppo", evaluation.answers_of(roles.actor, lambda: _whole(roles.actor))))
     return answers
 
 
+def _base_engine(
+    run: StepRun, roles: Roles, tokenizer: Any, base: str | None
+) -> FrozenEngine | None:
+    """What SFT started from; None, and a line on the console, where it cannot be read any more:
+    a comparison is not worth a trained model."""
+    if base is None:
+        return None
+    settings = run.config.step3
+    try:
+        model = models.load_causal(
+            base,
+            settings.actor.model.model_copy(update={"lora": LoraConfig()}),
+            engine=settings.reference_engine,
+            dtype=roles.actor_dtype,
+            pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            dropout=False,
+        )
+    except UserError as error:
+        run.say(f"the verdict is without the base model: {error}")
+        return None
+    return FrozenEngine(model, settings.reference_engine, dtype=roles.actor_dtype)
+
+
 def _whole(engine: Any) -> Any:
-    return gathered(engine.module.parameters())
+    return kept_whole(engine.module.parameters())
 
 
 def _judge(run: StepRun) -> Judge | None:

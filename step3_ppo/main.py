@@ -12,10 +12,12 @@ import torch
 from rlhf import data, models, track
 from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.algo.kl import build_kl_controller
+from rlhf.config.schema import RLConfig
 from rlhf.engine import comm
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.memory import peak_memory
-from rlhf.engine.zero3 import gathered
+from rlhf.engine.zero3 import kept_whole
+from rlhf.errors import ConfigError
 from rlhf.harness import StepRun, run_step
 from rlhf.report.answers import distinct_2
 from rlhf.rollout import build_rollout
@@ -39,7 +41,8 @@ def main(run: StepRun) -> None:
         check_tokenizers(sft, reward, tokenizer)
         rows = _prompts(run, tokenizer, "train")
         prompts = rows.dataset
-        iterations = settings.iterations or max(len(prompts) // settings.rollout.prompts, 1)
+        per_iteration = _prompts_per_iteration(settings, len(prompts), world)
+        iterations = settings.iterations or max(len(prompts) // per_iteration, 1)
 
     with run.phase("load the four models"):
         steps = settings.ppo.epochs * settings.ppo.minibatches
@@ -65,7 +68,7 @@ def main(run: StepRun) -> None:
         ) as tracker,
         track.progress(iterations, settings.algorithm.upper(), run.rank) as bar,
     ):
-        trainer = Trainer(run, roles, tokenizer, prompts, iterations, world)
+        trainer = Trainer(run, roles, tokenizer, prompts, per_iteration, iterations, world)
         for stats in trainer.iterate():
             bar.update(
                 1,
@@ -100,6 +103,22 @@ def _prompts(run: StepRun, tokenizer: Any, split: str) -> Any:
     return rows
 
 
+def _prompts_per_iteration(settings: RLConfig, available: int, world: int) -> int:
+    """Over all ranks, the same number on each; fewer than asked for where the data has fewer.
+
+    Raises ConfigError where a rank would have less than one answer per minibatch.
+    """
+    prompts = min(settings.rollout.prompts, available) // world * world
+    answers = prompts // world * settings.rollout.samples_per_prompt
+    if answers < settings.ppo.minibatches:
+        raise ConfigError(
+            f"step 3: {available} prompts and rollout.prompts = {settings.rollout.prompts} give "
+            f"{answers} answers per process, too few for step3.ppo.minibatches = "
+            f"{settings.ppo.minibatches}: lower that, or bring more prompts"
+        )
+    return prompts
+
+
 @dataclass
 class Trainer:
     """The loop and its state."""
@@ -108,6 +127,7 @@ class Trainer:
     roles: Roles
     tokenizer: Any
     prompts: Any
+    per_iteration: int
     iterations: int
     world: int
 
@@ -129,7 +149,7 @@ class Trainer:
             stop=rollout.stop,
             seed=self.run.config.seed,
             rank=self.run.rank,
-            gather=lambda: gathered(actor.module.parameters()),
+            gather=lambda: kept_whole(actor.module.parameters()),
         )
 
     def iterate(self) -> Iterator[dict[str, float]]:
@@ -196,7 +216,7 @@ class Trainer:
 
     def _prompt_batches(self) -> Iterator[data.PromptBatch]:
         """This rank's share of each global batch of prompts; a new permutation for each pass."""
-        wanted = min(self.run.config.step3.rollout.prompts, len(self.prompts))
+        wanted = self.per_iteration
         pad, device = self.tokenizer.pad_token_id, self.roles.actor.device
         for epoch in itertools.count():
             generator = torch.Generator().manual_seed(self.run.config.seed + epoch)

@@ -45,9 +45,8 @@ def load_roles(
     policy = models.load_causal(
         sft, actor.model, engine=actor.engine, dtype=dtype, dropout=False, **common
     )
-    models.check_positions(
-        policy, (settings.rollout.max_prompt_length or 0) + settings.rollout.max_new_tokens
-    )
+    longest = (settings.rollout.max_prompt_length or 0) + settings.rollout.max_new_tokens
+    models.check_positions(policy, longest)
     say(f"actor: {models.describe(policy, dtype)}")
     hybrid = settings.rollout if settings.rollout.hybrid_kernels else None
     actor_engine = TrainEngine(
@@ -74,6 +73,7 @@ def load_roles(
         new_head=False,
         **common,
     )
+    models.check_positions(judge, longest)
     reward_engine = FrozenEngine(judge, frozen, dtype=critic_dtype)
     critic_engine = None
     if needs_critic:

@@ -26,7 +26,7 @@ class Rollout:
     log_probs: Tensor | None = None  # (N, A) fp32, under the policy that sampled
     ref_log_probs: Tensor | None = None  # (N, A) fp32
     values: Tensor | None = None  # (N, A) fp32, before each token
-    scores: Tensor | None = None  # (N,) fp32, normalised, not clipped
+    scores: Tensor | None = None  # (N,) fp32, raw: neither normalised nor clipped
     advantages: Tensor | None = None  # (N, A) fp32
     returns: Tensor | None = None  # (N, A) fp32
 

@@ -86,8 +86,29 @@ def deepspeed_config(
             "tp_gather_partition_size": 8,
         }
     if engine.deepspeed_config:
-        config = _merge(config, _read(engine.deepspeed_config), "")
+        theirs = _read(engine.deepspeed_config)
+        _refuse_conflicts(theirs, engine, dtype)
+        config = _merge(config, theirs, "")
+        config["zero_optimization"]["stage"] = stage
     return config
+
+
+def _refuse_conflicts(theirs: dict[str, Any], engine: EngineConfig, dtype: str) -> None:
+    """Models are read in shards and in a dtype before DeepSpeed sees them: both must agree."""
+    path = engine.deepspeed_config
+    stage = theirs.get("zero_optimization", {}).get("stage", "auto")
+    if stage not in ("auto", engine.zero_stage):
+        raise ConfigError(
+            f"deepspeed_config {path!r} has ZeRO stage {stage}, the engine's zero_stage is "
+            f'{engine.zero_stage}: set zero_stage to {stage}, or the stage in the file to "auto".'
+        )
+    for section, ours in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = theirs.get(section, {}).get("enabled", "auto")
+        if enabled not in ("auto", dtype == ours):
+            raise ConfigError(
+                f"deepspeed_config {path!r} sets {section}.enabled = {enabled}, but the model's "
+                f'dtype is {dtype}: set model.dtype, or `enabled` in the file to "auto".'
+            )
 
 
 def _read(path: str) -> dict[str, Any]:

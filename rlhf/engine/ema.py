@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf.algo.ema import ema_update
-from rlhf.engine.zero3 import local_tensor
+from rlhf.engine.zero3 import drop_gathered, local_tensor
 
 
 class WeightEMA:
@@ -28,13 +28,15 @@ class WeightEMA:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within, the live model holds the averages (to publish it)."""
-        tensors = [local_tensor(p) for p in self._parameters]
-        kept = [tensor.detach().clone() for tensor in tensors]
-        with torch.no_grad():
-            for tensor, average in zip(tensors, self.averages, strict=True):
-                tensor.copy_(average)
-            try:
-                yield
-            finally:
-                for tensor, old in zip(tensors, kept, strict=True):
-                    tensor.copy_(old)
+        kept = [local_tensor(p).detach().clone() for p in self._parameters]
+        self._set(self.averages)
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: list[torch.Tensor]) -> None:
+        drop_gathered(self._parameters)
+        for parameter, value in zip(self._parameters, values, strict=True):
+            local_tensor(parameter).copy_(value)

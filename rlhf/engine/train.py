@@ -15,6 +15,7 @@ from rlhf.engine.config import deepspeed_config
 from rlhf.engine.ops import announce_compile
 from rlhf.engine.optim import build_optimizer, build_scheduler, param_groups
 from rlhf.engine.zero3 import hidden_size
+from rlhf.errors import UserError
 
 T = TypeVar("T")
 
@@ -57,6 +58,8 @@ class TrainEngine:
         self.config = config
         self.module = self.deepspeed.module
         self.device = self.deepspeed.device
+        # `from_pretrained` leaves evaluation mode on: no dropout and no gradient checkpointing.
+        self.deepspeed.train()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -85,13 +88,24 @@ class TrainEngine:
 
         Returns:
             The gradient norm over all ranks, before clipping.
+
+        Raises:
+            UserError: a loss is not finite. (DeepSpeed's norms do not tell: they mask NaN.)
         """
+        total = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             value = loss(micro_batch) * comm.world_size()
+            total += value.detach()
             self.deepspeed.backward(value, scale_wrt_gas=False)
             norm = self._plain_grad_norm() if index == len(micro_batches) - 1 else 0.0
             self.deepspeed.step()
+        if not torch.isfinite(total):
+            raise UserError(
+                f"the training loss is {float(total)}: training has diverged. Lower the learning "
+                "rate, warm it up (optim.warmup), clip gradients (optim.max_grad_norm 1), or use "
+                "dtype float32."
+            )
         reported = self.deepspeed.get_global_grad_norm()
         return float(reported) if reported else norm
 

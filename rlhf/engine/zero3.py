@@ -8,10 +8,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers.integrations import HfDeepSpeedConfig
 
 from rlhf.config.schema import EngineConfig
 from rlhf.engine.config import deepspeed_config
+
+_GENERATION = -1  # no module's id; a parameter in use by any module is not sharded
 
 
 def is_sharded(parameters: Iterable[torch.nn.Parameter]) -> bool:
@@ -40,6 +43,24 @@ def gathered(parameters: Iterable[torch.nn.Parameter], modifier_rank: int | None
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
+@contextmanager
+def kept_whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Context with whole parameters through any number of forwards (generation).
+
+    In `gathered` alone DeepSpeed's hooks shard each module again after its forward, and every
+    later forward is a collective: ranks whose answers differ in length would wait for ever.
+    """
+    parameters = [p for p in parameters if hasattr(p, "ds_id")]
+    with gathered(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(_GENERATION)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(_GENERATION)
+
+
 def full_size(parameter: torch.nn.Parameter) -> int:
     """Number of elements of the whole parameter, sharded or not."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -48,6 +69,16 @@ def full_size(parameter: torch.nn.Parameter) -> int:
 def local_tensor(parameter: torch.nn.Parameter) -> torch.Tensor:
     """This rank's storage of a parameter: its ZeRO-3 shard, or the whole."""
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+def drop_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Forgets whole copies of sharded parameters: the next use gathers them from the shards.
+
+    DeepSpeed keeps small parameters whole between steps, and would not see a changed shard.
+    """
+    for parameter in parameters:
+        if getattr(parameter, "ds_status", None) == ZeroParamStatus.AVAILABLE:
+            parameter.partition()
 
 
 def hidden_size(model: torch.nn.Module) -> int:

@@ -95,7 +95,7 @@ def merged_state(model: Any, keep: bool) -> dict[str, torch.Tensor]:
                 state[f"{name}.weight"] = (base.weight + delta.to(base.weight.dtype)).cpu()
     for name, parameter in hf.named_parameters():
         key = _plain_key(name)
-        if key is None or key in state:
+        if key is None or key.removesuffix(".weight") in adapted:  # the same on every rank
             continue
         with gathered([parameter]):
             if keep:

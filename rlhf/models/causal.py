@@ -13,7 +13,7 @@ from rlhf.engine import comm
 from rlhf.engine.zero3 import is_sharded, sharded_loading
 from rlhf.models.adapters import add_adapters, plain
 from rlhf.models.families import logit_transform, no_dropout, takes_position_ids
-from rlhf.models.loading import explain_load_errors, load_arguments
+from rlhf.models.loading import check_complete, explain_load_errors, load_arguments
 
 HEAD_CHUNK = 256  # token rows of logits alive at once: 256 x 50k x 4 bytes = 51 MB
 
@@ -120,11 +120,12 @@ def load_causal(
     if not dropout:
         no_dropout(config)
     with explain_load_errors(name), sharded_loading(engine, dtype=dtype):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, **load_arguments(settings, dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, **load_arguments(settings, dtype)
         )
         if vocab_size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(vocab_size)
+    check_complete(name, info)
     model.config.pad_token_id = pad_token_id
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rlhf.config.schema import ModelConfig
 from rlhf.errors import ConfigError, RequirementError
@@ -39,12 +40,27 @@ def load_arguments(settings: ModelConfig, dtype: str) -> dict[str, Any]:
     return arguments
 
 
+def check_complete(name: str, info: Any, *, may_lack: str = "no key") -> None:
+    """Raises RequirementError where `from_pretrained` would have gone on with random weights.
+
+    `info` is its loading info; keys that contain `may_lack` may be absent or of another shape.
+    """
+    keys = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    wrong = sorted(key for key in keys if may_lack not in key)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RequirementError(
+            f"model {name!r} lacks weights that {', '.join(wrong[:3])}{more} would need: it is "
+            "another kind of model, or a part of its files is absent. Name a complete one."
+        )
+
+
 @contextmanager
 def explain_load_errors(name: str) -> Iterator[None]:
     """Turns the libraries' load errors into what the user can do about them."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RequirementError(

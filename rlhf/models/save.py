@@ -42,7 +42,8 @@ class Snapshot:
         directory.mkdir(parents=True, exist_ok=True)
         live = plain(self.model)
         with torch.device("meta"):
-            skeleton = type(live)(live.config)
+            # In the weights' dtype: config.json states it, and loaders follow it.
+            skeleton = type(live)(live.config).to(live.dtype)
         if skeleton.can_generate():
             skeleton.generation_config = GenerationConfig(
                 eos_token_id=tokenizer.eos_token_id,
@@ -50,9 +51,9 @@ class Snapshot:
                 bos_token_id=tokenizer.bos_token_id,
                 **(generation or {}),
             )
-        skeleton.save_pretrained(directory, state_dict=self.state)
+        skeleton.save_pretrained(directory, state_dict=dict(self.state))
         tokenizer.save_pretrained(directory)
-        (directory / "README.md").write_text(card)
+        (directory / "README.md").write_text(card, encoding="utf-8")
         if self.adapters is not None:
             self.model.save_pretrained(
                 directory / "adapter", state_dict=self.adapters, save_embedding_layers=False

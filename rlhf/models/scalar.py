@@ -13,7 +13,7 @@ from rlhf.errors import RequirementError
 from rlhf.models.adapters import add_adapters, plain
 from rlhf.models.causal import Backbone
 from rlhf.models.families import no_dropout, scalar_head
-from rlhf.models.loading import explain_load_errors, load_arguments
+from rlhf.models.loading import check_complete, explain_load_errors, load_arguments
 
 
 class ScalarHead(torch.nn.Linear):
@@ -90,11 +90,17 @@ def load_scalar(
         config.pad_token_id = pad_token_id
         with sharded_loading(engine, dtype=dtype):
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, output_loading_info=True, **load_arguments(settings, dtype)
+                name,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head of another width; checked below
+                **load_arguments(settings, dtype),
             )
             if vocab_size > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(vocab_size)
-    if not new_head and any("score" in key for key in info["missing_keys"]):
+    check_complete(name, info, may_lack="score")
+    without = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if not new_head and any("score" in key for key in without):
         raise RequirementError(
             f"{name!r} is not a reward model: it has no trained `score` head. Train one with "
             f"`python train.py --step 2 --reward-model {name}`, or name a model saved from "

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.errors import RequirementError
 from rlhf.models.tiny import build_tiny
 
+_MADE_FROM = "MADE_FROM"
+
 
 def cache_root() -> Path:
     """`$RLHF_CACHE` or `~/.cache/rlhf`; only its owner may read it."""
@@ -37,11 +39,7 @@ def materialise(name: str, *, made_in: Path, texts: Callable[[], Iterable[str]],
         RequirementError: no such file or package, or the `gguf` package is missing.
     """
     if name.startswith("tiny:"):
-        if not (made_in / "config.json").is_file():
-            _make_whole(
-                made_in, lambda d: build_tiny(name.removeprefix("tiny:"), texts(), d, seed=seed)
-            )
-        return str(made_in)
+        return _make_tiny(name.removeprefix("tiny:"), made_in, texts, seed)
     if name.startswith("package:"):
         return _convert_gguf(_gguf_in_package(name.removeprefix("package:")))
     if name.endswith(".gguf"):
@@ -49,9 +47,28 @@ def materialise(name: str, *, made_in: Path, texts: Callable[[], Iterable[str]],
     return str(Path(name).expanduser()) if name.startswith(("~", "/", ".")) else name
 
 
+def _make_tiny(
+    family: str, made_in: Path, texts: Callable[[], Iterable[str]], seed: int
+) -> str:
+    """Kept as long as family, seed and texts are the same: a run's settings may have changed."""
+    digest = hashlib.sha256(f"{family}\n{seed}\n".encode())
+    for text in texts():
+        digest.update(text.encode() + b"\0")
+    mark = made_in / _MADE_FROM
+    if not mark.is_file() or mark.read_text(encoding="ascii") != digest.hexdigest():
+
+        def make(directory: Path) -> None:
+            build_tiny(family, texts(), directory, seed=seed)
+            (directory / _MADE_FROM).write_text(digest.hexdigest(), encoding="ascii")
+
+        _make_whole(made_in, make)
+    return str(made_in)
+
+
 def _gguf_in_package(name: str) -> Path:
     package, _, file = name.partition("/")
-    spec = importlib.util.find_spec(package)
+    package = package.replace("-", "_")  # as pip names it -> as Python does
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     places = list(spec.submodule_search_locations or []) if spec else []
     if not places:
         raise RequirementError(

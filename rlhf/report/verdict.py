@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.errors import UserError
 from rlhf.store import RunDir, read_json
 
 MAX_KL = 15.0  # nats per answer: beyond it the policy has left what the reward model knows
@@ -125,7 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--min-gain", type=float, default=0.0, help="reward gain needed, in SFT standard deviations"
     )
     args = parser.parse_args(argv)
-    verdict = read_json(RunDir(args.run).step_dir(3) / "verdict.json")
+    try:
+        verdict = read_json(RunDir(args.run).step_dir(3) / "verdict.json")
+    except UserError as error:
+        print(f"error: {error}. Step 3 writes it at its end", file=sys.stderr)
+        return error.exit_code
     print(json.dumps(verdict, indent=2) if args.json else render(verdict))
     failures = [check for check, passed in verdict["checks"].items() if not passed]
     if (verdict["reward_accuracy"] or 0.0) < args.min_accuracy:
