@@ -53,6 +53,6 @@ def build_scheduler(
     return get_scheduler(
         optim.scheduler,
         optimizer,
-        num_warmup_steps=int(warmup),
+        num_warmup_steps=round(warmup),
         num_training_steps=max(1, total_steps),
     )

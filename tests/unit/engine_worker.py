@@ -1,0 +1,184 @@
+"""One of two gloo ranks: does what the tests in test_engine_ranks.py compare with one rank.
+
+`python -m tests.unit.engine_worker DIR`: DIR/*.pt are written by rank 0, DIR/done by both.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import models
+from rlhf.algo.advantages import whiten
+from rlhf.config.schema import EngineConfig
+from rlhf.engine import comm
+from rlhf.engine.ema import WeightEMA
+from rlhf.engine.zero3 import kept_whole
+from rlhf.rollout import RolloutRequest, SamplingConfig, build_rollout
+from step1_sft.main import sft_step
+from tests.unit import model_help as help_
+from tests.unit.steps_help import ppo_settings, scored_rollout
+from step3_ppo.update import update
+
+DECAY = 0.9
+
+
+def sft(engine: Any, rows: list[dict[str, Any]], micro: int) -> list[dict[str, float]]:
+    """Three optimiser steps on this rank's rows."""
+    mine = rows[comm.rank() :: comm.world_size()]
+    return [sft_step(engine, help_.sft_batches(mine, micro)) for _ in range(3)]
+
+
+def stage(out: Path, number: int) -> None:
+    settings = EngineConfig(zero_stage=number)
+    module = help_.load_policy(engine=settings)
+    engine = help_.train_engine(module, engine=settings)
+    ema = WeightEMA(engine.module, DECAY)
+    expected, stats = help_.weights(engine.module), []
+    mine = help_.sft_rows()[comm.rank() :: comm.world_size()]
+    for number_of_step in range(3):
+        stats.append(sft_step(engine, help_.sft_batches(mine, 2)))
+        ema.update()
+        if number_of_step == 2:  # nothing gathers the weights between a step and the swap
+            with ema.swapped_in():
+                averaged = help_.weights(engine.module)
+        now = help_.weights(engine.module)
+        expected = {k: DECAY * expected[k] + (1 - DECAY) * now[k] for k in now}
+    snapshot = models.Snapshot(engine.module)
+    if comm.rank() == 0:
+        snapshot.write(out / f"zero{number}", help_.tokenizer(), card="")
+        torch.save(
+            {"stats": stats, "weights": now, "ema": averaged, "ema_expected": expected},
+            out / f"stage{number}.pt",
+        )  # fmt: skip
+
+
+def lora(out: Path) -> None:
+    """Adapters under ZeRO-3: base bits, merged artifact, adapter."""
+    settings = EngineConfig(zero_stage=3)
+    module = help_.load_policy(name=help_.lively(), engine=settings, lora={"rank": 2})
+    engine = help_.train_engine(module, engine=settings)
+    sft(engine, help_.sft_rows(), 2)
+    batch = help_.sft_batches(help_.sft_rows(), 8)[0]
+    with engine.evaluating():
+        live, _ = engine(batch.input_ids, batch.attention_mask, batch.attention_mask)
+    snapshot = models.Snapshot(engine.module)
+    if comm.rank() == 0:
+        snapshot.write(out / "lora", help_.tokenizer(), card="")
+        torch.save(live, out / "lora.pt")
+
+
+def scalar(out: Path) -> None:
+    """A new scalar head under ZeRO-3 is the same as without, and trains."""
+    settings = EngineConfig(zero_stage=3)
+    module = help_.load_value(engine=settings, seed=11)
+    state = help_.weights(module)
+    if comm.rank() == 0:
+        torch.save(state, out / "scalar.pt")
+
+
+def ppo(out: Path) -> None:
+    """PPO epochs of actor and critic with all rows in one minibatch."""
+    for number in (0, 3):
+        settings = EngineConfig(zero_stage=number)
+        actor = help_.train_engine(
+            help_.load_policy(name=help_.lively(), engine=settings),
+            engine=settings,
+            learning_rate=1e-3,
+        )
+        critic = help_.train_engine(
+            help_.load_value(name=help_.reward_dir(), engine=settings, new_head=False),
+            engine=settings,
+            learning_rate=1e-3,
+        )
+        rollout = scored_rollout()
+        mine = rollout.rows(torch.arange(len(rollout))[comm.rank() :: 2])
+        stats = update(
+            actor, critic, mine, ppo_settings(), temperature=0.7, micro_batch_size=2, seed=1
+        )
+        state = [help_.weights(actor.module), help_.weights(critic.module)]
+        if comm.rank() == 0:
+            torch.save({"stats": stats, "weights": state}, out / f"ppo{number}.pt")
+
+
+def sums(out: Path) -> None:
+    """Whitening, sums, lists and the order of ranks over real gloo."""
+    generator = torch.Generator().manual_seed(1)
+    x, mask = torch.randn(6, 5, generator=generator), torch.rand(6, 5, generator=generator) < 0.6
+    mine = slice(0, 4) if comm.rank() == 0 else slice(4, 6)
+    white = comm.gather_lists(whiten(x[mine], mask[mine], comm.all_reduce).tolist())
+    total = comm.sum_over_ranks({"b": 1.0 + comm.rank(), "a": 2.0**24 * comm.rank() + 1})
+    largest = comm.all_reduce(torch.tensor(float(comm.rank())), "max")
+    with comm.rank_zero_first():
+        found = (out / "first").exists()
+        if comm.rank() == 0:
+            time.sleep(0.3)
+            (out / "first").touch()
+    saw = comm.gather_lists([found])
+    lists = comm.gather_lists([f"rank{comm.rank()}"] * (comm.rank() + 1))
+    if comm.rank() == 0:
+        torch.save(
+            {"x": x, "mask": mask, "white": torch.tensor(white), "total": total, "saw": saw,
+             "max": float(largest), "lists": lists},
+            out / "sums.pt",
+        )  # fmt: skip
+
+
+def uneven_rollout(out: Path) -> None:
+    """ZeRO-3: ranks whose answers have different lengths do not wait for each other for ever."""
+    settings = EngineConfig(zero_stage=3)
+    module = help_.load_policy(name=help_.lively(), engine=settings)
+    engine = help_.train_engine(module, engine=settings)
+    sampler = build_rollout(
+        "continuous", engine.deepspeed, help_.tokenizer(), batch_size=4, seed=1,
+        rank=comm.rank(), gather=lambda: kept_whole(engine.module.parameters()),
+    )  # fmt: skip
+    ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(4))
+    limit = 3 if comm.rank() == 0 else 17
+    for _ in range(2):
+        made = sampler.generate(
+            RolloutRequest(ids, torch.ones_like(ids)), SamplingConfig(max_new_tokens=limit)
+        )
+        # Training goes on after generating.
+        sft_step(engine, help_.sft_batches(help_.sft_rows(4), 2))
+    widths = comm.gather_lists([made.answer_mask.shape[1]])
+    if comm.rank() == 0:
+        torch.save(widths, out / "uneven.pt")
+
+
+PARTS: dict[str, Callable[[Path], None]] = {
+    "sums": sums,
+    "zero0": lambda out: stage(out, 0),
+    "zero2": lambda out: stage(out, 2),
+    "zero3": lambda out: stage(out, 3),
+    "lora": lora,
+    "scalar": scalar,
+    "ppo": ppo,
+    "uneven": uneven_rollout,
+}
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    comm.init_distributed()
+    torch.manual_seed(0)
+    for name in sys.argv[2:] or PARTS:
+        PARTS[name](out)
+        comm.barrier()
+    (out / f"done{comm.rank()}").touch()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:  # not a normal end: a destructor might wait for the other rank for ever
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(0 if (Path(sys.argv[1]) / f"done{comm.rank()}").exists() else 1)
