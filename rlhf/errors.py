@@ -1,4 +1,5 @@
-"""Errors that a user can cause. Each says the value, the rule and the remedy, and has an exit code."""
+"""Errors that a user can cause. Each says the value, the rule and
+the remedy, and has an exit code."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,7 +43,7 @@ def main(run: StepRun) -> None:
         run.say(models.describe(model, dtype))
 
     with run.phase("read the data"):
-        rows = {split: _rows(run, tokenizer, split) for split in ("train", "eval")}
+        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):
         plans = [
@@ -93,7 +93,7 @@ def main(run: StepRun) -> None:
     comm.barrier()
 
 
-def _rows(run: StepRun, tokenizer: Any, split: str) -> Any:
+def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
     settings = run.config.step1
     with comm.rank_zero_first():
         rows = data.prepare(

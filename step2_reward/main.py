@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +40,7 @@ def main(run: StepRun) -> None:
         run.say(models.describe(model, dtype))
 
     with run.phase("read the data"):
-        rows = {split: _rows(run, tokenizer, split) for split in ("train", "eval")}
+        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):
         plans = _plans(run, rows["train"].dataset, world)
@@ -115,8 +115,9 @@ def _base(run: StepRun) -> tuple[str, Any]:
     return base, tokenizer
 
 
-def _rows(run: StepRun, tokenizer: Any, split: str) -> Any:
+def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
     settings = run.config.step2
+    assert settings.max_prompt_length is not None  # inherited when it was left unset
     with comm.rank_zero_first():
         rows = data.prepare(
             run.config.data,
@@ -224,8 +225,11 @@ def _loss(
     if kind == "last":
         chosen, rejected = models.last_values(values, batch.attention_mask).chunk(2)
         return pairwise_loss(chosen, rejected, wanted, batch.pair_mask)
+    chosen, rejected = values.chunk(2)
+    chosen_ids, rejected_ids = batch.input_ids.chunk(2)
+    chosen_mask, rejected_mask = batch.attention_mask.chunk(2)
     return token_wise_pairwise_loss(
-        *values.chunk(2), *batch.input_ids.chunk(2), *batch.attention_mask.chunk(2), wanted
+        chosen, rejected, chosen_ids, rejected_ids, chosen_mask, rejected_mask, wanted
     )
 
 

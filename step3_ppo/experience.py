@@ -84,16 +84,15 @@ def credit(
     group_size: int,
 ) -> tuple[Rollout, dict[str, float]]:
     """3. Rewards of tokens, and 4. advantages; with what is worth logging, over all ranks."""
-    assert rollout.scores is not None
-    assert rollout.log_probs is not None
-    assert rollout.ref_log_probs is not None
+    scores, old = rollout.need("scores"), rollout.need("log_probs")
+    reference = rollout.need("ref_log_probs")
     mean, std = statistics if settings.normalize_score else (0.0, 1.0)
-    clipped = normalize_and_clip_scores(rollout.scores, mean, std, settings.score_clip)
+    clipped = normalize_and_clip_scores(scores, mean, std, settings.score_clip)
     shaped = missing_eos(clipped, rollout.ended, settings.missing_eos_penalty)
     rewards = token_rewards(
         shaped,
-        rollout.log_probs,
-        rollout.ref_log_probs,
+        old,
+        reference,
         rollout.answer_mask,
         controller.coef if algorithm.kl_in_reward else 0.0,
         settings.kl_estimator,
@@ -110,15 +109,15 @@ def credit(
         group_std=settings.group_std,
         all_reduce=comm.all_reduce,
     )
-    log_ratio = (rollout.log_probs - rollout.ref_log_probs) * rollout.answer_mask
-    raw = rollout.scores.double()
+    log_ratio = (old - reference) * rollout.answer_mask
+    raw = scores.double()
     sums = comm.sum_over_ranks(
         {
             "answers": len(rollout),
             "tokens": float(rollout.answer_mask.sum()),
             "raw": float(raw.sum()),
             "raw_squared": float((raw**2).sum()),
-            "normalised": float(((rollout.scores - mean) / std).sum()),
+            "normalised": float(((scores - mean) / std).sum()),
             "reward": float(shaped.sum()),
             "kl": float(log_ratio.sum()),
             "ended": float(rollout.ended.sum()),

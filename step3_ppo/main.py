@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -86,8 +86,9 @@ def main(run: StepRun) -> None:
     comm.barrier()
 
 
-def _prompts(run: StepRun, tokenizer: Any, split: str) -> Any:
+def _prompts(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
     settings = run.config.step3.rollout
+    assert settings.max_prompt_length is not None  # inherited when it was left unset
     with comm.rank_zero_first():
         rows = data.prepare(
             run.config.data,

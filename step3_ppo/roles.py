@@ -46,16 +46,17 @@ def load_roles(
         sft, actor.model, engine=actor.engine, dtype=dtype, dropout=False, **common
     )
     longest = (settings.rollout.max_prompt_length or 0) + settings.rollout.max_new_tokens
+    rollout = settings.rollout
+    longest = (rollout.max_prompt_length or 0) + rollout.max_new_tokens
     models.check_positions(policy, longest)
     say(f"actor: {models.describe(policy, dtype)}")
-    hybrid = settings.rollout if settings.rollout.hybrid_kernels else None
     actor_engine = TrainEngine(
         policy,
         actor.engine,
         actor.optim,
         dtype=dtype,
         total_steps=actor_steps,
-        hybrid_max_tokens=hybrid and (hybrid.max_prompt_length or 0) + hybrid.max_new_tokens,
+        hybrid_max_tokens=longest if rollout.hybrid_kernels else None,
     )
     reference = FrozenEngine(
         models.load_causal(

@@ -40,6 +40,15 @@ class Rollout:
             log_probs=generation.log_probs,
         )
 
+    def need(self, name: str) -> Tensor:
+        """A field that an earlier act has filled in. Raises ValueError if it has not."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"rollout.{name} is not there yet: score and credit come before update"
+            )
+        return value
+
     def __len__(self) -> int:
         return len(self.input_ids)
 

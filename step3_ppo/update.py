@@ -121,7 +121,7 @@ def actor_step(
 ) -> float:
     """One optimiser step of the policy; returns the gradient norm."""
 
-    def loss_of(batch: Rollout | SFTBatch) -> torch.Tensor:
+    def loss_of(batch: Any) -> torch.Tensor:
         if isinstance(batch, SFTBatch):
             return _ptx_loss(actor, batch, ptx_tokens, totals) * (ptx.coef if ptx else 0.0)
         log_probs, entropy = actor(
@@ -130,12 +130,14 @@ def actor_step(
         log_probs = log_probs[:, batch.prompt_width :]
         entropy = entropy[:, batch.prompt_width :]
         mask = batch.answer_mask
-        loss, stats = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, settings.clip)
+        loss, stats = policy_loss(
+            log_probs, batch.need("log_probs"), batch.need("advantages"), mask, settings.clip
+        )
         totals.add(stats | {"policy_loss": loss.detach(), "entropy": entropy.detach().sum()})
         if settings.entropy_coef:
             loss = loss - settings.entropy_coef * entropy.sum()
         if kl_loss_coef:
-            penalty, _ = kl_loss(log_probs, batch.ref_log_probs, mask)
+            penalty, _ = kl_loss(log_probs, batch.need("ref_log_probs"), mask)
             totals.add({"kl_loss": penalty.detach()})
             loss = loss + kl_loss_coef * penalty
         return loss / tokens
@@ -170,7 +172,9 @@ def critic_step(
     def loss_of(batch: Rollout) -> torch.Tensor:
         values = answer_values(critic, batch)
         mask = batch.answer_mask
-        loss, stats = value_loss(values, batch.values, batch.returns, mask, settings.value_clip)
+        loss, stats = value_loss(
+            values, batch.need("values"), batch.need("returns"), mask, settings.value_clip
+        )
         totals.add(stats | {"value_loss": loss.detach()})
         return loss / tokens
 

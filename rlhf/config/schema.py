@@ -279,6 +279,11 @@ class RLConfig(Section):
 
     @model_validator(mode="after")
     def _groups(self) -> RLConfig:
+        if self.reference_engine.zero_stage not in (0, 3):
+            raise ValueError(
+                f"reference_engine.zero_stage {self.reference_engine.zero_stage}: reference and "
+                "reward model have no optimiser to shard; use 0 (whole) or 3 (weights sharded)"
+            )
         n = self.rollout.samples_per_prompt
         if self.algorithm in ("grpo", "rloo") and n < 2:
             raise ValueError(

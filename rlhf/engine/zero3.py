@@ -44,7 +44,7 @@ def gathered(parameters: Iterable[torch.nn.Parameter], modifier_rank: int | None
 
 
 @contextmanager
-def kept_whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+def kept_whole(parameters: Iterable[Any]) -> Iterator[None]:
     """Context with whole parameters through any number of forwards (generation).
 
     In `gathered` alone DeepSpeed's hooks shard each module again after its forward, and every
@@ -71,7 +71,7 @@ def local_tensor(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
 
 
-def drop_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
+def drop_gathered(parameters: Iterable[Any]) -> None:
     """Forgets whole copies of sharded parameters: the next use gathers them from the shards.
 
     DeepSpeed keeps small parameters whole between steps, and would not see a changed shard.

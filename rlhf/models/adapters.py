@@ -36,7 +36,7 @@ def add_adapters(model: Any, lora: LoraConfig, *, task: str, dropout: bool) -> A
     config = PeftLora(
         task_type=task,
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only multiplies by it
         lora_dropout=lora.dropout if dropout else 0.0,
         target_modules=_targets(model, lora),
         layers_to_transform=layers,
@@ -86,7 +86,9 @@ def merged_state(model: Any, keep: bool) -> dict[str, torch.Tensor]:
     """
     hf = plain(model)
     state: dict[str, torch.Tensor] = {}
-    adapted = {name: m for name, m in hf.named_modules() if isinstance(m, LoraLayer)}
+    adapted: dict[str, Any] = {
+        name: m for name, m in hf.named_modules() if isinstance(m, LoraLayer)
+    }
     for name, module in adapted.items():
         with gathered(module.parameters()), torch.no_grad():
             if keep:

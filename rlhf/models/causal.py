@@ -95,7 +95,8 @@ class CausalModel(Backbone):
         return int(comm.all_reduce(torch.tensor(calls, device=input_ids.device), "max"))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.generate(*args, **kwargs)
+        model: Any = self.model
+        return model.generate(*args, **kwargs)
 
 
 def load_causal(
@@ -120,9 +121,10 @@ def load_causal(
     if not dropout:
         no_dropout(config)
     with explain_load_errors(name), sharded_loading(engine, dtype=dtype):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, output_loading_info=True, **load_arguments(settings, dtype)
         )
+        model, info = loaded
         if vocab_size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(vocab_size)
     check_complete(name, info)

@@ -115,7 +115,7 @@ def load_scalar(
 
 def _use_fp32_head(model: Any, new_head: bool, seed: int) -> None:
     """Std 1/sqrt(d + 1) when drawn anew (N, N+); there is no bias: it stays 0."""
-    head = scalar_head(model)
+    head: Any = scalar_head(model)
     head.__class__ = ScalarHead
     if not new_head:
         return

@@ -47,9 +47,7 @@ def materialise(name: str, *, made_in: Path, texts: Callable[[], Iterable[str]],
     return str(Path(name).expanduser()) if name.startswith(("~", "/", ".")) else name
 
 
-def _make_tiny(
-    family: str, made_in: Path, texts: Callable[[], Iterable[str]], seed: int
-) -> str:
+def _make_tiny(family: str, made_in: Path, texts: Callable[[], Iterable[str]], seed: int) -> str:
     """Kept as long as family, seed and texts are the same: a run's settings may have changed."""
     digest = hashlib.sha256(f"{family}\n{seed}\n".encode())
     for text in texts():

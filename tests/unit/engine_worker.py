@@ -23,9 +23,9 @@ from rlhf.engine.ema import WeightEMA
 from rlhf.engine.zero3 import kept_whole
 from rlhf.rollout import RolloutRequest, SamplingConfig, build_rollout
 from step1_sft.main import sft_step
+from step3_ppo.update import update
 from tests.unit import model_help as help_
 from tests.unit.steps_help import ppo_settings, scored_rollout
-from step3_ppo.update import update
 
 DECAY = 0.9
 

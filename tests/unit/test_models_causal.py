@@ -171,7 +171,7 @@ def test_no_dropout(family: str, tmp_path: Any) -> None:
             return not torch.equal(module(ids, mask, mask)[0], module(ids, mask, mask)[0])
 
     assert not differs(dropout=False)
-    if names and family != "llama":
+    if names:
         assert differs(dropout=True), "else this test proves nothing"
 
 

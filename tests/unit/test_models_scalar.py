@@ -24,7 +24,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch(left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three rows, pads on one side. Pads have the id of a real token's: 0 occurs inside too."""
+    """Three rows, pads on one side."""
     ids, mask = torch.full((3, 14), help_.PAD), torch.zeros(3, 14, dtype=torch.bool)
     g = torch.Generator().manual_seed(1)
     for row, length in enumerate((9, 12, 5)):
@@ -121,9 +121,9 @@ def test_a_causal_model_is_no_reward_model() -> None:
 
 def test_a_head_of_two_labels(tmp_path: Path) -> None:
     """A two-class model is no reward model, but one can be trained from its body."""
-    AutoModelForSequenceClassification.from_pretrained(help_.lively(), num_labels=2).save_pretrained(
-        tmp_path
-    )
+    AutoModelForSequenceClassification.from_pretrained(
+        help_.lively(), num_labels=2
+    ).save_pretrained(tmp_path)
     with pytest.raises(RequirementError, match="not a reward model"):
         help_.load_value(name=str(tmp_path), new_head=False)
     module = help_.load_value(name=str(tmp_path), seed=4)
