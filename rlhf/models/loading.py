@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,10 +30,13 @@ def choose_dtype(wanted: str) -> str:
 
 
 def load_arguments(settings: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`: safetensors only, so that no pickle is ever read."""
+    """Keyword arguments of `from_pretrained`.
+
+    Safetensors are preferred. Where a repository has only `.bin` files (facebook/opt-1.3b),
+    transformers reads them with torch's `weights_only` unpickler, which runs no code.
+    """
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
-        "use_safetensors": True,
         "trust_remote_code": settings.trust_remote_code,
     }
     if settings.attn_implementation:
@@ -60,12 +64,12 @@ def explain_load_errors(name: str) -> Iterator[None]:
     """Turns the libraries' load errors into what the user can do about them."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RequirementError(
             f"model {name!r} cannot be loaded: {first_line}\n"
-            f"It must be a directory with config.json and safetensors weights, or a repository "
-            f"of that kind on {endpoint}. Check the name, pass --hf-endpoint for a mirror, or "
-            "download it elsewhere and give its path."
+            "It must be a directory with config.json and weights (safetensors, or plain .bin), or "
+            f"a repository of that kind on {endpoint}. Check the name, pass --hf-endpoint for a "
+            "mirror, or download it elsewhere and give its path."
         ) from error
