@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def explain_load_errors(name: str) -> Iterator[None]:
     """Turns the libraries' load errors into what the user can do about them."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RequirementError(

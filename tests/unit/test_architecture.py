@@ -158,6 +158,8 @@ def test_no_shell_strings_and_no_pickle() -> None:
             if isinstance(node, ast.keyword) and node.arg == "shell":
                 wrong.append(f"{path.relative_to(ROOT)}:{node.value.lineno}: shell=")
         for line, name in imports(path):
+            if name == "pickle.UnpicklingError":  # to report what torch refused to read
+                continue
             if below(name, ("pickle", "dill", "cloudpickle", "os.system")):
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: {name}")
     assert wrong == []
