@@ -22,7 +22,7 @@ from typing import IO, Any, TextIO
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, UserError
-from rlhf.store import RunDir, publish, verify, write_json_atomic
+from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
 
 OOM_REMEDY = (
     "Out of memory. In this order: halve micro_batch_size (the result stays the same), turn on "
@@ -39,6 +39,7 @@ class StepRun:
     rank: int
     phase_name: str = "start"
     phases: dict[str, float] = field(default_factory=dict)
+    proven: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
@@ -66,21 +67,35 @@ class StepRun:
         print(text, file=stream, flush=True)
 
     def parent(self, kind: str) -> str:
-        """The directory or hub id that this step starts from, by the artifact's name."""
+        """The directory or hub id that this step starts from, by the artifact's name.
+
+        Rank 0 verifies an artifact of ours: what is corrupt must show before hours of training,
+        also where no driver has looked. Raises ArtifactError.
+        """
         if kind not in self.resolved.parents:
             raise ArtifactError(
                 f"step {self.resolved.step} needs a {kind!r} artifact and was given none: run the "
                 "step that makes it, or start this step through train.py, which finds it."
             )
+        if self.rank == 0:
+            self._prove(kind)
         return self.resolved.parents[kind]
+
+    def _prove(self, kind: str) -> str | None:
+        """The manifest's id of a parent that has one; read once, so that what becomes of the
+        parent during training costs nothing."""
+        if kind not in self.proven:
+            place = Path(self.resolved.parents[kind])
+            ours = (place / MANIFEST).is_file()
+            self.proven[kind] = verify(place).id if ours else None
+        return self.proven[kind]
 
     def parent_records(self) -> dict[str, dict[str, str | None]]:
         """What the manifest says of parents: path, and the manifest id of our own artifacts."""
-        records: dict[str, dict[str, str | None]] = {}
-        for kind, place in self.resolved.parents.items():
-            known = (Path(place) / "MANIFEST.json").is_file()
-            records[kind] = {"path": place, "id": verify(place).id if known else None}
-        return records
+        return {
+            kind: {"path": place, "id": self._prove(kind)}
+            for kind, place in self.resolved.parents.items()
+        }
 
     def publish(
         self,
@@ -167,7 +182,11 @@ def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) 
 
 def _remedy(error: Exception) -> str:
     name, text = type(error).__name__, str(error).lower()
-    if name == "OutOfMemoryError" or "out of memory" in text or "can't allocate memory" in text:
+    if (
+        name in ("OutOfMemoryError", "MemoryError")
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    ):
         return OOM_REMEDY
     return ""
 

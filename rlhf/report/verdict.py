@@ -115,6 +115,16 @@ def _table(verdict: dict[str, Any]) -> list[str]:
     ]
 
 
+def _with_floats(verdict: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: the store writes it as text (intervals of a single prompt)."""
+    figures = {key: float(verdict[key]) for key in ("gain", "gain_ci", "gain_in_sft_std")}
+    models = {
+        name: {key: float(value) for key, value in model.items()}
+        for name, model in verdict["models"].items()
+    }
+    return verdict | figures | {"models": models}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf.report.verdict", description="Print and check a run's verdict."
@@ -127,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        verdict = read_json(RunDir(args.run).step_dir(3) / "verdict.json")
+        verdict = _with_floats(read_json(RunDir(args.run).step_dir(3) / "verdict.json"))
     except UserError as error:
         print(f"error: {error}. Step 3 writes it at its end", file=sys.stderr)
         return error.exit_code
@@ -135,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = [check for check, passed in verdict["checks"].items() if not passed]
     if (verdict["reward_accuracy"] or 0.0) < args.min_accuracy:
         failures.append(f"reward accuracy {verdict['reward_accuracy']} < {args.min_accuracy}")
-    if verdict["gain_in_sft_std"] < args.min_gain:
+    if not verdict["gain_in_sft_std"] >= args.min_gain:  # NaN, of too few prompts, is no gain
         failures.append(f"gain {verdict['gain_in_sft_std']:.3f} < {args.min_gain} SFT std")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

@@ -262,3 +262,13 @@ def test_weights_that_are_absent_are_not_made_up(tmp_path: Any) -> None:
     module.model.save_pretrained(tmp_path)
     with pytest.raises(RequirementError, match=r"lacks weights that lm_head.weight"):
         _load(str(tmp_path))
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C4: the message names the model, the endpoint and the ways out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.invalid")
+    with pytest.raises(RequirementError) as error:
+        _load("org/no-such-model")
+    for word in ("org/no-such-model", "http://mirror.invalid", "--hf-endpoint", "give its path"):
+        assert word in str(error.value)

@@ -76,6 +76,14 @@ def test_the_new_head() -> None:
     assert float(weights.std()) == pytest.approx(1 / math.sqrt(33), rel=0.05)
     assert abs(float(weights.mean())) < 3 / math.sqrt(33) / math.sqrt(weights.numel())
     assert torch.equal(heads[3].weight, help_.load_value(seed=3).model.score.weight)
+    # At width 3 the "+ 1" shows: 0.5, not 0.577.
+    small: Any = torch.nn.Module()
+    small.score = torch.nn.Linear(3, 1, bias=False)
+    drawn = []
+    for seed in range(2000):
+        models.scalar._use_fp32_head(small, True, seed)
+        drawn.append(small.score.weight.detach().clone())
+    assert float(torch.cat(drawn).std()) == pytest.approx(0.5, rel=0.03)
     assert not torch.equal(heads[0].weight, heads[1].weight)
 
 
