@@ -227,4 +227,4 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|peft)\b")
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|peft|transformers)\b")
