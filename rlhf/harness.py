@@ -143,6 +143,8 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     failure = logs / f"rank{rank}.failure.json"
     failure.unlink(missing_ok=True)
+    if rank == 0:
+        _put_away(run.step_dir)
     with (logs / f"rank{rank}.log").open("a", buffering=1, encoding="utf-8") as log:
         faulthandler.enable(log)
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
@@ -163,6 +165,15 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     faulthandler.disable()
     # Not sys.exit: other ranks may wait in a collective for ever while a destructor waits for them.
     os._exit(code)
+
+
+def _put_away(step_dir: Path) -> None:
+    """A step starts from its beginning: figures of an earlier try are kept under another name."""
+    for name in ("metrics.jsonl", "tensorboard"):
+        old = step_dir / name
+        if old.exists():
+            made = time.strftime("%Y%m%d-%H%M%S", time.localtime(old.stat().st_mtime))
+            old.rename(old.with_name(f"{old.stem}.{made}{old.suffix}"))
 
 
 def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) -> None:
@@ -226,5 +237,6 @@ def _quiet_libraries() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    libraries = r"(torch|deepspeed|peft|transformers)\b"
     for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|peft|transformers)\b")
+        warnings.filterwarnings("ignore", category=category, module=libraries)

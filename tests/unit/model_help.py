@@ -30,7 +30,7 @@ PAD = 0
 
 @functools.cache
 def scratch() -> Path:
-    """A directory for this process, removed at its end; or the one of the process that started it."""
+    """A directory for this process, removed at its end; or that of the process that started it."""
     if given := os.environ.get("RLHF_TEST_SCRATCH"):
         return Path(given)
     path = Path(tempfile.mkdtemp(prefix="rlhf-tests-"))

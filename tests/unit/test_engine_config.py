@@ -163,5 +163,5 @@ def test_what_own_json_may_not_set(tmp_path: Path, theirs: Any, words: list[str]
 
 
 def test_own_json_that_is_absent() -> None:
-    with pytest.raises(ConfigError, match="/nowhere.json"):
+    with pytest.raises(ConfigError, match=r"/nowhere\.json"):
         build(EngineConfig(deepspeed_config="/nowhere.json"))

@@ -191,9 +191,15 @@ def test_ema_by_hand() -> None:
         ema.update()
         now = help_.weights(engine.module)
         expected = {k: 0.9 * expected[k] + 0.1 * now[k] for k in now}
-    with pytest.raises(KeyError), ema.swapped_in():
-        inside = help_.weights(engine.module)
-        raise KeyError
+    inside: dict[str, torch.Tensor] = {}
+
+    def fail_inside() -> None:
+        with ema.swapped_in():
+            inside.update(help_.weights(engine.module))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     for name, tensor in help_.weights(engine.module).items():
         torch.testing.assert_close(inside[name], expected[name], atol=1e-7, rtol=1e-6)
         assert torch.equal(tensor, now[name]), "given back, after an error too"

@@ -229,8 +229,8 @@ def _load(name: str) -> None:
 
 
 def test_directories_that_are_no_model(tmp_path: Any) -> None:
-    """Y: empty, config only, foreign config, a cut weight file, pickled weights: RequirementError
-    with the name and what is needed."""
+    """Y: empty, config only, foreign config, broken config, a cut weight file, nothing there:
+    RequirementError with the name and what is needed."""
     empty = tmp_path / "empty"
     empty.mkdir()
     no_weights = tmp_path / "no_weights"
@@ -245,14 +245,36 @@ def test_directories_that_are_no_model(tmp_path: Any) -> None:
     help_.load_policy().model.save_pretrained(cut)
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    pickled = tmp_path / "pickled"
-    help_.load_policy().config.save_pretrained(pickled)
-    torch.save({}, pickled / "pytorch_model.bin")
-    for directory in (empty, no_weights, foreign, broken, cut, pickled, tmp_path / "absent"):
+    for directory in (empty, no_weights, foreign, broken, cut, tmp_path / "absent"):
         with pytest.raises(RequirementError) as error:
             _load(str(directory))
         assert str(directory) in str(error.value), directory
         assert "safetensors" in str(error.value), directory
+
+
+def test_weights_in_torchs_old_format(tmp_path: Any) -> None:
+    """facebook/opt-1.3b has only a `.bin` file: it is read, but a pickle that would run code is
+    refused and does not run."""
+    module = help_.load_policy(name=help_.lively())
+    module.config.save_pretrained(tmp_path)
+    torch.save(module.model.state_dict(), tmp_path / "pytorch_model.bin")
+    again = help_.load_policy(name=str(tmp_path))
+    for one, other in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    torch.save({"lm_head.weight": _Code(str(tmp_path / "ran"))}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(RequirementError, match="cannot be loaded"):
+        _load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+class _Code:
+    """Unpickled without care, it opens (makes) a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
 
 
 def test_weights_that_are_absent_are_not_made_up(tmp_path: Any) -> None:
