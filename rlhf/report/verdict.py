@@ -85,7 +85,7 @@ def render(verdict: dict[str, Any]) -> str:
     lines.append(
         f"  {'It learned' if verdict['learned'] else 'It did NOT learn as it should'}: "
         f"{sum(verdict['checks'].values())} of {len(verdict['checks'])} checks hold, "
-        f"{count} held-out prompts, 95% intervals."
+        f"{count} answers to held-out prompts, 95% intervals."
     )
     return "\n".join(lines) + "\n"
 
@@ -120,9 +120,15 @@ def _with_floats(verdict: dict[str, Any]) -> dict[str, Any]:
     figures = {key: float(verdict[key]) for key in ("gain", "gain_ci", "gain_in_sft_std")}
     models = {
         name: {key: float(value) for key, value in model.items()}
-        for name, model in verdict["models"].items()
+        for name, model in _in_order(verdict["models"]).items()
     }
-    return verdict | figures | {"models": models}
+    samples = [_in_order(sample) for sample in verdict["samples"]]
+    return verdict | figures | {"models": models, "samples": samples}
+
+
+def _in_order(by_model: dict[str, Any]) -> dict[str, Any]:
+    """JSON files have their keys sorted; a person reads base, SFT, PPO."""
+    return {key: by_model[key] for key in ("prompt", "base", "sft", "ppo") if key in by_model}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def test_a_good_run() -> None:
         "+3.000 +- 0.500",
         "1.50 SFT standard",
         "It learned: 6 of 6",
-        "100 held-out prompts",
+        "100 answers to held-out prompts",
         "judge (courtesy)",
         "'Hello!'",
         "3.000 +- 0.200",
