@@ -20,6 +20,7 @@ from launch.preflight import preflight
 from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
+from rlhf.redact import redact, redact_tree
 
 INTERRUPTED = 130
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
         print(
@@ -50,17 +51,20 @@ def run(argv: Sequence[str]) -> int:
     """Plan, preflight, then launch and verify each step asked for."""
     options = parse_options(argv)
     if options.print_config or options.json_schema:
-        print(json_schema() if options.json_schema else config_yaml(options.config))
+        print(json_schema() if options.json_schema else redact(config_yaml(options.config)))
         return 0
 
     plan = make_plan(options)
-    print(json.dumps(plan_json(plan), indent=2) if options.as_json else describe(plan), flush=True)
+    if options.as_json:
+        print(json.dumps(redact_tree(plan_json(plan)), indent=2))
+    else:
+        print(redact(describe(plan)), flush=True)
     if options.dry_run:
         return 0
 
     env, lines = preflight(plan)
     for line in lines:
-        print(line)
+        print(redact(line))
     with execute.locked(plan.run.path):
         record_plan(options, plan)
         run_steps(options, plan, env)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from launch.records import record_step
 from launch.spec import LaunchSpec
 from launch.supervise import Outcome, supervise
 from rlhf.errors import ArtifactError, RequirementError
+from rlhf.redact import HIDDEN_SETTINGS
 from rlhf.store import MANIFEST, Manifest, RunDir, verify
 
 
@@ -30,7 +32,8 @@ def launch(run: RunDir, item: StepPlan, extra_env: dict[str, str]) -> Outcome:
     spec = refresh_port(replace(item.spec, env={**item.spec.env, **extra_env}))
     logs = run.logs(item.step)
     logs.mkdir(parents=True, exist_ok=True)
-    record_step(run, item, spec)
+    if hidden := record_step(run, item, spec):
+        spec = replace(spec, env={**spec.env, HIDDEN_SETTINGS: json.dumps(hidden)})
     failure.clear_records(logs)
     log = logs / "console.log"
     with log.open("a", encoding="utf-8") as stream:

@@ -7,6 +7,7 @@ from rlhf.store.jsonio import (
     pretty_json,
     read_json,
     write_json_atomic,
+    write_text_atomic,
 )
 from rlhf.store.layout import ARTIFACTS, STEP_DIRS, RunDir
 from rlhf.store.manifest import (
@@ -41,4 +42,5 @@ __all__ = [
     "tokenizer_fingerprint",
     "verify",
     "write_json_atomic",
+    "write_text_atomic",
 ]
