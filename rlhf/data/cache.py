@@ -20,21 +20,19 @@ import datasets
 import pyarrow as pa
 
 from rlhf.errors import DataError
+from rlhf.store import cache_root, private_directory
+from rlhf.store.files import fsync_directory
 
 _BATCH = 1000
 
 
-def cache_root(setting: str | None) -> Path:
-    """The cache's directory, made if absent with mode 0700. Raises DataError: it cannot be made."""
-    base = os.environ.get("RLHF_CACHE")
-    root = Path(setting) if setting else Path(base or "~/.cache/rlhf") / "data"
-    root = root.expanduser().absolute()
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        root.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise _unusable(root, error) from error
-    return root
+def data_root(setting: str | None) -> Path:
+    """The cache's directory, made if absent with mode 0700.
+
+    Raises RequirementError: it cannot be made, or others than its owner can write there.
+    """
+    root = Path(setting).expanduser().absolute() if setting else cache_root() / "data"
+    return private_directory(root)
 
 
 def load(root: Path, key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None:
@@ -77,6 +75,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
+        fsync_directory(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -82,7 +82,7 @@ def prepare(
     request = _Request(data, step, seed, limits, response_column, split)
     encoder = Encoder(tokenizer, data.template)
     sets = open_data_sets(data)
-    root = cache.cache_root(data.cache_dir)
+    root = cache.data_root(data.cache_dir)
     key = _key(request, encoder, tokenizer, sets)
     found = cache.load(root, key)
     if found is None:

@@ -1,5 +1,6 @@
 """Run directories and artifacts: written atomically, proven before use. Imports no torch."""
 
+from rlhf.store.files import cache_root, private_directory
 from rlhf.store.jsonio import (
     canonical_json,
     fingerprint,
@@ -19,7 +20,7 @@ from rlhf.store.manifest import (
     read_manifest,
     verify,
 )
-from rlhf.store.publishing import library_versions, publish
+from rlhf.store.publishing import library_versions, make_once, publish
 from rlhf.store.tokenizer import tokenizer_fingerprint
 
 __all__ = [
@@ -31,11 +32,14 @@ __all__ = [
     "Manifest",
     "ParentRecord",
     "RunDir",
+    "cache_root",
     "canonical_json",
     "fingerprint",
     "jsonable",
     "library_versions",
+    "make_once",
     "pretty_json",
+    "private_directory",
     "publish",
     "read_json",
     "read_manifest",
