@@ -65,14 +65,14 @@ def run(argv: Sequence[str]) -> int:
     env, lines = preflight(plan)
     for line in lines:
         print(redact(line))
-    with execute.locked(plan.run.path):
+    with execute.locked(plan.run.path) as lock:
         record_plan(options, plan)
-        run_steps(options, plan, env)
+        run_steps(options, plan, env, lock)
     show_verdict(plan)
     return 0
 
 
-def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
+def run_steps(options: Options, plan: Plan, env: dict[str, str], lock: int) -> None:
     """Each step is launched once its parents are proven, and proven before the next."""
     for item in plan.steps:
         if item.manifest is not None:
@@ -83,7 +83,7 @@ def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
             flush=True,
         )
         before = execute.stamp(plan.run, item.step)
-        outcome = execute.launch(plan.run, item, env)
+        outcome = execute.launch(plan.run, item, env, lock)
         manifest = execute.prove_result(plan.run, item, before, outcome)
         print(execute.describe_result(item, manifest, outcome), flush=True)
 

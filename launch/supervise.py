@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,8 +51,11 @@ def supervise(
     grace: float = GRACE_SECONDS,
     console: BinaryIO | None = None,
     on_interrupt: Callable[[], None] = lambda: None,
+    keep: Sequence[int] = (),
 ) -> Outcome:
     """Runs the command until it and everything that it started has ended.
+
+    The guard that sees to it has the descriptors `keep` open until then, the command has not.
 
     Call from the main thread: it takes SIGINT, SIGTERM and SIGHUP meanwhile. The first one asks the
     command's processes to end and they are killed after `grace` seconds; a second one kills now.
@@ -71,6 +74,7 @@ def supervise(
                 cwd=spec.cwd,
                 env=spec.environment(os.environ),
                 start_new_session=True,
+                pass_fds=tuple(keep),
             )
             state.attach(child, on_interrupt)
             _tee(child, record, console or _console(), state)
