@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rlhf.store import cache_root, private_directory
 from rlhf.store.files import fsync_directory
 
 _BATCH = 1000
+_ABANDONED_SECONDS = 3600.0
 
 
 def data_root(setting: str | None) -> Path:
@@ -60,6 +62,7 @@ def store(root: Path, key: str, columns: dict[str, list[Any]], schema: pa.Schema
             digest = _file_sha256(temporary)
         with _replacing(root / f"{key}.json") as temporary:
             temporary.write_text(json.dumps({**info, "arrow_sha256": digest}, indent=1))
+        _sweep(root, key)
     except OSError as error:
         raise _unusable(root, error) from error
     return digest
@@ -78,6 +81,14 @@ def _replacing(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _sweep(root: Path, key: str) -> None:
+    """Removes what a killed process left of this key; another one may be writing the newer ones."""
+    for leftover in root.glob(f".{key}.*"):
+        with suppress(FileNotFoundError):
+            if leftover.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                leftover.unlink()
 
 
 def _file_sha256(path: Path) -> str:

@@ -73,7 +73,7 @@ def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
     assert data.report.kept == 2
     data = run(path, tokenizer, tmp_path / "c", long_prompts="drop", **limits)
     assert (data.report.kept, data.report.dropped) == (1, {"prompt over the limit": 1})
-    assert "dropped: prompt over the limit: 1" in data.report.lines()
+    assert f"dropped: prompt over the limit: 1 ({path}:2)" in data.report.lines()
 
 
 def test_long_answers_are_cut_and_equal_pairs_dropped(tmp_path: Path) -> None:
