@@ -13,6 +13,7 @@ from rlhf.config.names import absolute_if_local, is_path_like
 from rlhf.config.resolve import decisive, section_of
 from rlhf.config.schema import ResolvedStep
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
+from rlhf.redact import redact_tree
 from rlhf.store import MANIFEST, Manifest, RunDir, jsonable, read_json, read_manifest, verify
 from rlhf.store.checkpoints import differences, newest, refusal
 
@@ -174,7 +175,7 @@ def already_done(
         if was is None or was.id != parent.id or (parent.id is None and was.path != parent.path):
             return None, f"its {parent.name} parent is another one now"
     before = flatten(section_of(manifest.config, step))
-    now = flatten(section_of(jsonable(resolved.config), step))
+    now = flatten(section_of(redact_tree(jsonable(resolved.config)), step))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         shown = [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:3]]
@@ -195,7 +196,7 @@ def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) 
     place, record = found
     fatal, changed = differences(
         record,
-        settings=decisive(jsonable(resolved.config), resolved.step),
+        settings=redact_tree(decisive(jsonable(resolved.config), resolved.step)),
         parents={parent.name: parent.id or parent.path for parent in parents},
         world_size=resolved.world_size,
     )

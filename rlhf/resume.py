@@ -15,6 +15,7 @@ from rlhf.engine import checkpoint, comm
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError, ConfigError, RequirementError, UserError
 from rlhf.harness import StepRun, Stopped, put_away
+from rlhf.redact import redact_tree
 from rlhf.store import checkpoints
 from rlhf.store.files import disk_errors, remove
 from rlhf.store.jsonio import jsonable
@@ -153,7 +154,7 @@ class Keeper:
                 "position": position,
                 "world_size": comm.world_size(),
                 "engines": {name: checkpoint.shape(e) for name, e in self.engines.items()},
-                "settings": decisive(jsonable(run.config), step),
+                "settings": redact_tree(decisive(jsonable(run.config), step)),
                 "parents": run.parent_ids(),
                 "data_fingerprint": self.data_fingerprint,
                 "metrics_bytes": metrics_bytes,
@@ -209,7 +210,7 @@ class Keeper:
         step = self.run.resolved.step
         fatal, changed = checkpoints.differences(
             record,
-            settings=decisive(jsonable(self.run.config), step),
+            settings=redact_tree(decisive(jsonable(self.run.config), step)),
             parents=self.run.parent_ids(),
             world_size=comm.world_size(),
         )
