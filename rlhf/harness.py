@@ -48,6 +48,8 @@ class StepRun:
     can_save: bool = False
     """The training loop runs: it stops by itself, with a checkpoint, when `stop` is set."""
     proven: dict[str, str | None] = field(default_factory=dict)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """Called before the process ends, however `main` did."""
 
     @property
     def config(self) -> RunConfig:
@@ -197,6 +199,8 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
             code = 1
             _record(failure, run, error, _remedy(error), code)
             traceback.print_exc()
+        for call in run.at_end:
+            call()
         sys.stdout.flush()
         sys.stderr.flush()
     faulthandler.disable()
