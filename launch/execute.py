@@ -24,11 +24,16 @@ from launch.supervise import GRACE_SECONDS, Outcome, supervise
 from rlhf.errors import ArtifactError, RequirementError
 from rlhf.redact import HIDDEN_SETTINGS
 from rlhf.store import MANIFEST, Manifest, RunDir, verify
+from rlhf.store.checkpoints import newest
 from rlhf.store.files import disk_errors
 
 
 class Interrupted(Exception):
     """The user ended the run; the step's processes have ended too."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def launch(
@@ -51,17 +56,25 @@ def launch(
     outcome = supervise(
         spec,
         log,
+        grace=item.resolved.config.launch.grace_seconds,
         on_interrupt=lambda: say_interrupted(item.step),
         keep=() if lock is None else (lock,),
     )
     if outcome.interrupted:
-        raise Interrupted(f"step {item.step} was interrupted; its processes have ended")
+        raise Interrupted(_interruption(run, item.step), outcome.interrupted)
     return outcome
+
+
+def _interruption(run: RunDir, step: int) -> str:
+    found = newest(run.resume(step))
+    if found is None:
+        return f"step {step} had saved nothing: the same command starts it again"
+    return f"step {step} is saved at {found[0]}: the same command goes on from there"
 
 
 def say_interrupted(step: int) -> None:
     """Called in a signal handler: writes past Python's buffers, which may be in use."""
-    text = f"\ninterrupted: step {step} is told to stop (again: stop it at once)\n"
+    text = f"\ninterrupted: step {step} is told to save and stop (again: stop it at once)\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 

@@ -27,7 +27,8 @@ class Outcome:
     """How a command ended. `code` below 0: minus the signal that ended it, as far as known."""
 
     code: int
-    interrupted: bool
+    interrupted: int
+    """The signal that told the driver to stop; 0: none did."""
     seconds: float
     log: Path
     log_start: int
@@ -99,7 +100,7 @@ class _State:
     """What the signal handlers know: they must not wait, nor raise in the middle of a write."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.interrupted = 0
         self.pending = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._announce: Callable[[], None] = lambda: None
@@ -110,7 +111,7 @@ class _State:
             child.send_signal(signal.SIGTERM)
 
     def handle(self, number: int, frame: Any) -> None:
-        first, self.interrupted = not self.interrupted, True
+        first, self.interrupted = not self.interrupted, self.interrupted or number
         self.pending += 1
         if self._child is not None:
             self._child.send_signal(signal.SIGTERM)

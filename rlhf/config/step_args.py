@@ -16,7 +16,7 @@ from rlhf.errors import ConfigError
 from rlhf.redact import HIDDEN_SETTINGS, reveal
 
 PARENTS = ("sft", "reward")
-_SHARED = ("data.", "launch.", "hub.", "track.")
+_SHARED = ("data.", "launch.", "hub.", "checkpoint.", "track.")
 
 
 def step_config(argv: Sequence[str], step: int) -> ResolvedStep:
