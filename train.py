@@ -61,8 +61,9 @@ def run(argv: Sequence[str]) -> int:
     env, lines = preflight(plan)
     for line in lines:
         print(line)
-    with execute.locked(plan.run.path):
-        record_plan(options, plan)
+    with execute.locked(plan.run.path, plan.role):
+        if not plan.role:
+            record_plan(options, plan)
         run_steps(options, plan, env)
     show_verdict(plan)
     return 0

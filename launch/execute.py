@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from launch import failure
+from launch import failure, heartbeat, nodes, ranks
 from launch.gate import KINDS, STEP_NAMES
 from launch.plan import StepPlan
 from launch.ports import free_port, port_problem
@@ -31,11 +31,21 @@ def launch(run: RunDir, item: StepPlan, extra_env: dict[str, str]) -> Outcome:
     logs = run.logs(item.step)
     logs.mkdir(parents=True, exist_ok=True)
     record_step(run, item, spec)
-    failure.clear_records(logs)
-    log = logs / "console.log"
+    if spec.leads:
+        failure.clear_records(logs)
+        heartbeat.clear(logs)
+    log = logs / spec.log_name
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.argv}\n")
-    outcome = supervise(spec, log, on_interrupt=lambda: say_interrupted(item.step))
+    with nodes.prepared(spec, logs) as (ready, heart):
+        outcome = supervise(
+            ready,
+            log,
+            on_interrupt=lambda: say_interrupted(item.step),
+            on_start=heart.launched if heart else lambda stop: None,
+        )
+    if heart and heart.lost:
+        outcome = replace(outcome, lost=heart.lost)
     if outcome.interrupted:
         raise Interrupted(f"step {item.step} was interrupted; its processes have ended")
     return outcome
@@ -50,6 +60,8 @@ def say_interrupted(step: int) -> None:
 
 def refresh_port(spec: LaunchSpec) -> LaunchSpec:
     """A port that was chosen when the plan was made may be taken by now."""
+    if spec.nodes is not None:  # not a port of this machine
+        return spec
     for position, argument in enumerate(spec.argv):
         name, equals, value = argument.partition("=")
         if name in ("--master_port", "--master-port") and equals and port_problem(int(value)):
@@ -86,8 +98,9 @@ def prove_result(
             problem, manifest = f"{artifact} is that of an earlier run, none was published", None
     except ArtifactError as error:
         problem = str(error)
-    if manifest is None or failure.read_records(logs):
-        raise failure.explain(step, outcome, logs, problem)
+    absent = ranks.unfinished(logs, item.resolved.world_size, wait=item.spec.nodes is not None)
+    if manifest is None or absent or failure.read_records(logs):
+        raise failure.explain(step, outcome, logs, problem, absent)
     return manifest
 
 
@@ -104,10 +117,13 @@ def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """One driver per run directory. Raises RequirementError if another one works in it."""
+def locked(directory: Path, role: str = "") -> Iterator[None]:
+    """One driver per run directory; where each node is started by hand, one per node (`role`).
+
+    Raises RequirementError if another one works in it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as handle:
+    with (directory / (f".lock.{role}" if role else ".lock")).open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

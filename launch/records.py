@@ -54,7 +54,8 @@ def _entry(item: StepPlan) -> dict[str, Any]:
 def record_step(run: RunDir, item: StepPlan, spec: LaunchSpec) -> None:
     """resolved.json, which the step's processes read, and command.sh, which starts them again."""
     write_json_atomic(run.resolved(item.step), item.resolved.model_dump(mode="json"))
-    write_script(run.command(item.step), spec.shell())
+    path = run.command(item.step)
+    write_script(path if spec.leads else path.with_stem(f"command.{spec.role}"), spec.shell())
 
 
 def write_script(path: Path, body: str) -> None:

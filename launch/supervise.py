@@ -30,6 +30,8 @@ class Outcome:
     log: Path
     log_start: int
     """Where this command's output begins in the log."""
+    lost: str = ""
+    """Why the driver ended it, where a rank was lost (launch/heartbeat.py)."""
 
     def output(self, most: int = 200_000) -> str:
         """The end of what the command printed."""
@@ -46,11 +48,13 @@ def supervise(
     grace: float = GRACE_SECONDS,
     console: BinaryIO | None = None,
     on_interrupt: Callable[[], None] = lambda: None,
+    on_start: Callable[[Callable[[], None]], None] = lambda stop: None,
 ) -> Outcome:
     """Runs the command until it and everything that it started has ended.
 
     Call from the main thread: it takes SIGINT, SIGTERM and SIGHUP meanwhile. The first one asks the
     command's processes to end and they are killed after `grace` seconds; a second one kills now.
+    `on_start` is given what ends the command, once it runs.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -68,6 +72,7 @@ def supervise(
                 start_new_session=True,
             )
             state.attach(child, on_interrupt)
+            on_start(child.terminate)
             _tee(child, record, console or _console(), state)
             code = child.wait()
     seconds = time.monotonic() - started

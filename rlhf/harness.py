@@ -10,6 +10,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -22,6 +23,7 @@ from typing import IO, Any, TextIO
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, UserError
+from rlhf.lifeline import Lifeline, adopt_environment
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
 
 OOM_REMEDY = (
@@ -132,6 +134,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     leave `logs/rankK.failure.json` for the driver to explain.
     """
     _die_with_launcher()
+    adopt_environment(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     try:
         resolved = step_config(sys.argv[1:], step)
@@ -143,6 +146,9 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     failure = logs / f"rank{rank}.failure.json"
     failure.unlink(missing_ok=True)
+    os.environ.setdefault("RLHF_COLLECTIVE_TIMEOUT", str(run.config.launch.collective_timeout))
+    lifeline = Lifeline(logs, rank, os.environ)
+    lifeline.start()
     if rank == 0:
         _put_away(run.step_dir)
     with (logs / f"rank{rank}.log").open("a", buffering=1, encoding="utf-8") as log:
@@ -163,6 +169,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     faulthandler.disable()
+    lifeline.end(finished=code == 0)
     # Not sys.exit: other ranks may wait in a collective for ever while a destructor waits for them.
     os._exit(code)
 
@@ -187,6 +194,8 @@ def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) 
             "remedy": remedy,
             "traceback": "".join(traceback.format_exception(error)),
             "exit_code": code,
+            "host": socket.gethostname(),
+            "time": time.time(),
         },
     )
 

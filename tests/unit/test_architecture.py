@@ -23,8 +23,9 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # file or folder -> what of ours it may import (itself always)
 MAY_IMPORT = {
     "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors"),
-    "launch": ("rlhf.config", "rlhf.store", "rlhf.errors"),
+    "launch": ("rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.lifeline"),
     "rlhf/errors.py": (),
+    "rlhf/lifeline.py": (),
     "rlhf/config": ("rlhf.errors",),
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
     "rlhf/algo": (),
