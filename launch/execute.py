@@ -44,8 +44,8 @@ def launch(run: RunDir, item: StepPlan, extra_env: dict[str, str]) -> Outcome:
             on_interrupt=lambda: say_interrupted(item.step),
             on_start=heart.launched if heart else lambda stop: None,
         )
-    if heart and heart.lost:
-        outcome = replace(outcome, lost=heart.lost)
+    if heart:
+        outcome = replace(outcome, spread=True, lost=heart.lost)
     if outcome.interrupted:
         raise Interrupted(f"step {item.step} was interrupted; its processes have ended")
     return outcome

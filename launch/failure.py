@@ -104,11 +104,11 @@ def explain(
     output = outcome.output()
     lines = [f"step {step} failed: {ending(outcome.code)}"]
     lines += [f"  | {line}" for line in last_lines(output)]
-    lines += _what_ranks_said(_first_of_each(records))
     recorded = {record.rank for record in records}
     silent = [who for who in absent if int(who.split()[1]) not in recorded]
     if silent:
-        lines.append(f"without a completion marker and without a word: {', '.join(silent)}")
+        lines.append(f"ended before its end, without a word (killed?): {', '.join(silent)}")
+    lines += _what_ranks_said(_first_of_each(records))
     if outcome.lost:
         lines.append(f"the driver ended the step: {outcome.lost}")
     if outcome.code == 0 and problem:
@@ -124,7 +124,7 @@ def _what_ranks_said(records: Sequence[Record]) -> list[str]:
     for number, record in enumerate(records):
         where = f" on {record.host}" if record.host else ""
         phase = f" in {record.phase}" if record.phase else ""
-        if number == 0 and record.traceback:
+        if number == 0 and record.traceback and not record.is_echo:
             lines.append(f"rank {record.rank}{where}{phase} failed first:")
             lines += [f"  {line}" for line in record.traceback.rstrip().splitlines()[-TRACEBACK:]]
         else:
@@ -147,12 +147,20 @@ def ending(code: int) -> str:
 def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> str:
     """What to change: known causes by their settings, else what the rank advised."""
     said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
-    killed = outcome.code == -signal.SIGKILL or (not records and _KILLED.search(output))
+    # On several nodes it is the launcher's code, and says nothing of the ranks.
+    alone = not outcome.spread and outcome.code == -signal.SIGKILL
+    killed = alone or (not records and _KILLED.search(output))
     if killed or _MEMORY.search(said):
         return memory_remedy(step, bool(killed))
     for record in records:
         if record.remedy:
             return record.remedy
+    if outcome.spread:
+        return (
+            "look for what ended the ranks named above on their hosts (`dmesg` knows of killed "
+            "processes; `rlhf doctor` with the same flags asks every host); the same command "
+            "starts the step again"
+        )
     if "EADDRINUSE" in said or "Address already in use" in said:
         return "another program took the port meanwhile: run the command again"
     return "see the error above; the same command starts the step again"

@@ -30,6 +30,8 @@ class Outcome:
     log: Path
     log_start: int
     """Where this command's output begins in the log."""
+    spread: bool = False
+    """Did it start processes on other nodes?"""
     lost: str = ""
     """Why the driver ended it, where a rank was lost (launch/heartbeat.py)."""
 

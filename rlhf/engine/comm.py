@@ -105,14 +105,18 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Each node's first rank runs the body before its others: they find its result in a cache."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not first:
+    """Rank 0 runs the body, then each other node's first rank, then the rest of all ranks.
+
+    Who comes later finds the result in a cache, be that shared by the nodes or each node's own. Two
+    nodes never write at the same time what is shared.
+    """
+    turn = 0 if rank() == 0 else 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
+    for _ in range(turn):
         barrier()
     try:
         yield
     finally:
-        if first:
+        for _ in range(2 - turn):
             barrier()
 
 

@@ -2,8 +2,8 @@
 
 A host is a network namespace with an address of its own in a bridge, and its own pid, mount, UTS
 and IPC namespaces: it sees its own processes, /dev/shm, /run, /etc/hosts, host name and sshd.
-Killing its first process ends all of it. The bridge lives in a third namespace; the machine's own network is
-not touched. Everything else (the project, the run directory) is shared, as over NFS.
+Killing its first process ends all of it. The bridge lives in a third namespace; the machine's own
+network is not touched. Everything else (project, run directory) is shared, as over NFS.
 """
 
 from __future__ import annotations
