@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import execute
+from launch import execute, recover
 from launch.options import Options, parse_options
 from launch.plan import Plan, describe, make_plan, plan_json
 from launch.preflight import preflight
@@ -21,11 +21,10 @@ from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
 
-INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 130 stopped."""
+    """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 130 or 143
+    stopped by SIGINT or SIGTERM."""
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         return run(sys.argv[1:] if argv is None else argv)
@@ -34,14 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
-        print(
-            f"interrupted: {error}. The same command starts it again and keeps what is done",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except KeyboardInterrupt:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return 128 + error.number
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -79,9 +75,7 @@ def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
             "seconds",
             flush=True,
         )
-        before = execute.stamp(plan.run, item.step)
-        outcome = execute.launch(plan.run, item, env)
-        manifest = execute.prove_result(plan.run, item, before, outcome)
+        manifest, outcome = recover.run_step(plan.run, item, env)
         print(execute.describe_result(item, manifest, outcome), flush=True)
 
 
@@ -94,7 +88,7 @@ def show_verdict(plan: Plan) -> None:
 
 
 def _as_interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

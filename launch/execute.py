@@ -19,10 +19,15 @@ from launch.spec import LaunchSpec
 from launch.supervise import Outcome, supervise
 from rlhf.errors import ArtifactError, RequirementError
 from rlhf.store import MANIFEST, Manifest, RunDir, verify
+from rlhf.store.checkpoints import newest
 
 
 class Interrupted(Exception):
     """The user ended the run; the step's processes have ended too."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def launch(run: RunDir, item: StepPlan, extra_env: dict[str, str]) -> Outcome:
@@ -37,23 +42,32 @@ def launch(run: RunDir, item: StepPlan, extra_env: dict[str, str]) -> Outcome:
     log = logs / spec.log_name
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.argv}\n")
-    with nodes.prepared(spec, logs) as (ready, heart):
+    grace = item.resolved.config.launch.grace_seconds
+    with nodes.prepared(spec, logs, grace) as (ready, heart):
         outcome = supervise(
             ready,
             log,
+            grace=grace,
             on_interrupt=lambda: say_interrupted(item.step),
-            on_start=heart.launched if heart else lambda stop: None,
+            heart=heart,
         )
     if heart:
         outcome = replace(outcome, spread=True, lost=heart.lost)
     if outcome.interrupted:
-        raise Interrupted(f"step {item.step} was interrupted; its processes have ended")
+        raise Interrupted(_interruption(run, item.step), outcome.interrupted)
     return outcome
+
+
+def _interruption(run: RunDir, step: int) -> str:
+    found = newest(run.resume(step))
+    if found is None:
+        return f"step {step} had saved nothing: the same command starts it again"
+    return f"step {step} is saved at {found[0]}: the same command goes on from there"
 
 
 def say_interrupted(step: int) -> None:
     """Called in a signal handler: writes past Python's buffers, which may be in use."""
-    text = f"\ninterrupted: step {step} is told to stop (again: stop it at once)\n"
+    text = f"\ninterrupted: step {step} is told to save and stop (again: stop it at once)\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 

@@ -147,11 +147,9 @@ def ending(code: int) -> str:
 def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> str:
     """What to change: known causes by their settings, else what the rank advised."""
     said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
-    # On several nodes it is the launcher's code, and says nothing of the ranks.
-    alone = not outcome.spread and outcome.code == -signal.SIGKILL
-    killed = alone or (not records and _KILLED.search(output))
+    killed = was_killed(outcome, records, output)
     if killed or _MEMORY.search(said):
-        return memory_remedy(step, bool(killed))
+        return memory_remedy(step, killed)
     for record in records:
         if record.remedy:
             return record.remedy
@@ -164,6 +162,20 @@ def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> s
     if "EADDRINUSE" in said or "Address already in use" in said:
         return "another program took the port meanwhile: run the command again"
     return "see the error above; the same command starts the step again"
+
+
+def was_killed(outcome: Outcome, records: list[Record], output: str) -> bool:
+    """Was one of its processes killed (SIGKILL) from outside?"""
+    # On several nodes it is the launcher's code, and says nothing of the ranks.
+    alone = not outcome.spread and outcome.code == -signal.SIGKILL
+    return alone or bool(not records and _KILLED.search(output))
+
+
+def is_memory(outcome: Outcome, records: list[Record], *, killed_counts: bool) -> bool:
+    """Did it run out of memory? `killed_counts`: the kernel has killed for memory meanwhile."""
+    output = outcome.output()
+    said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
+    return bool(_MEMORY.search(said)) or (killed_counts and was_killed(outcome, records, output))
 
 
 def memory_remedy(step: int, killed: bool) -> str:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.lifeline import BEAT_FILE, ENDED, INTERVAL_SECONDS
+from rlhf.lifeline import BEAT_FILE, ENDED, INTERVAL_SECONDS, STOP
 
 # A rank that failed has written why; the others get so long to end by themselves.
 GRACE_SECONDS = 5.0
 # After the launcher's end: ranks elsewhere read "ended" within a second or two.
 DRAIN_SECONDS = 8.0
+# Told to stop before any rank runs: there is nothing to save.
+NOBODY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,24 @@ class Heartbeat:
     `lost` says why the step was ended, if it was.
     """
 
-    def __init__(self, logs: Path, timeout: float) -> None:
-        self.logs, self.timeout = logs, timeout
+    def __init__(self, logs: Path, timeout: float, grace: float) -> None:
+        self.logs, self.timeout, self.grace = logs, timeout, grace
         self.lost = ""
         self._file = logs / BEAT_FILE
         self._over = threading.Event()
-        self._stop: Callable[[], None] = lambda: None
+        self._kill: Callable[[], None] = lambda: None
+        self._stop_at: float | None = None
         self._failed_at: float | None = None
         self._seen: dict[int, tuple[int, float]] = {}
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
 
-    def launched(self, stop: Callable[[], None]) -> None:
-        """The launcher runs now; `stop` ends it."""
-        self._stop = stop
+    def launched(self, kill: Callable[[], None]) -> None:
+        """The launcher runs now; `kill` ends it."""
+        self._kill = kill
+
+    def stop(self) -> None:
+        """All ranks are to save and end (within a second or two they know). For signal handlers."""
+        self._stop_at = self._stop_at or time.monotonic()
 
     def start(self) -> None:
         _write(self._file, "0")
@@ -77,9 +84,14 @@ class Heartbeat:
         """Tells the ranks that are left to end, and waits until they have, for some seconds."""
         self._over.set()
         self._thread.join()
+        if self._stop_at is not None:  # their launcher may have gone while they still save
+            self._wait_until_still(self.grace)
         with contextlib.suppress(OSError):
             _write(self._file, ENDED)
-        deadline = time.monotonic() + DRAIN_SECONDS
+        self._wait_until_still(DRAIN_SECONDS)
+
+    def _wait_until_still(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while self._moving() and time.monotonic() < deadline:
             time.sleep(0.2)
 
@@ -99,16 +111,21 @@ class Heartbeat:
         return self._seen
 
     def _run(self) -> None:
-        count = 0
+        count, killed = 0, False
         while not self._over.wait(INTERVAL_SECONDS):
             count += 1
             with contextlib.suppress(OSError):
-                _write(self._file, str(count))
-            if self.lost:
-                continue
-            self.lost = self._judge()
-            if self.lost:
-                self._stop()
+                _write(self._file, f"{STOP} {count}" if self._stop_at else str(count))
+            if not killed and self._must_end():
+                killed = True
+                self._kill()
+
+    def _must_end(self) -> bool:
+        if self._stop_at is not None:
+            waited = time.monotonic() - self._stop_at
+            return waited > (self.grace if self._moving() else NOBODY_SECONDS)
+        self.lost = self._judge()
+        return bool(self.lost)
 
     def _judge(self) -> str:
         """Why the step cannot go on; empty while it can."""
@@ -128,9 +145,9 @@ class Heartbeat:
 
 
 @contextlib.contextmanager
-def beating(logs: Path, timeout: float) -> Iterator[Heartbeat]:
+def beating(logs: Path, timeout: float, grace: float) -> Iterator[Heartbeat]:
     """A heartbeat for the time of one launch."""
-    heart = Heartbeat(logs, timeout)
+    heart = Heartbeat(logs, timeout, grace)
     heart.start()
     try:
         yield heart

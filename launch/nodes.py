@@ -24,7 +24,9 @@ SSH_SECONDS = 30
 
 
 @contextlib.contextmanager
-def prepared(spec: LaunchSpec, logs: Path) -> Iterator[tuple[LaunchSpec, Heartbeat | None]]:
+def prepared(
+    spec: LaunchSpec, logs: Path, grace: float
+) -> Iterator[tuple[LaunchSpec, Heartbeat | None]]:
     """The spec as it is started now, and the heartbeat that its ranks watch.
 
     A command for this machine alone, or one of several that were started by hand, needs neither:
@@ -46,7 +48,7 @@ def prepared(spec: LaunchSpec, logs: Path) -> Iterator[tuple[LaunchSpec, Heartbe
             spec = replace(spec, env={**spec.env, "DS_ENV_FILE": str(path)})
         for name, text in nodes.files.items():
             Path(name).write_text(text, encoding="utf-8")
-        yield spec, stack.enter_context(beating(logs, nodes.heartbeat_seconds))
+        yield spec, stack.enter_context(beating(logs, nodes.heartbeat_seconds, grace))
 
 
 def with_variables(spec: LaunchSpec, more: Mapping[str, str]) -> LaunchSpec:

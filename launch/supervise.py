@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from launch import guard
+from launch.heartbeat import Heartbeat
 from launch.spec import LaunchSpec
 
 GRACE_SECONDS = 15.0
@@ -25,7 +26,8 @@ class Outcome:
     """How a command ended. `code` below 0: minus the signal that ended it, as far as known."""
 
     code: int
-    interrupted: bool
+    interrupted: int
+    """The signal that told the driver to stop; 0: none did."""
     seconds: float
     log: Path
     log_start: int
@@ -50,13 +52,14 @@ def supervise(
     grace: float = GRACE_SECONDS,
     console: BinaryIO | None = None,
     on_interrupt: Callable[[], None] = lambda: None,
-    on_start: Callable[[Callable[[], None]], None] = lambda stop: None,
+    heart: Heartbeat | None = None,
 ) -> Outcome:
     """Runs the command until it and everything that it started has ended.
 
     Call from the main thread: it takes SIGINT, SIGTERM and SIGHUP meanwhile. The first one asks the
     command's processes to end and they are killed after `grace` seconds; a second one kills now.
-    `on_start` is given what ends the command, once it runs.
+    With a heart (processes on other nodes) the first one reaches all ranks through it, so that all
+    save together; it ends the launcher when their time is over.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -73,8 +76,9 @@ def supervise(
                 env=spec.environment(os.environ),
                 start_new_session=True,
             )
-            state.attach(child, on_interrupt)
-            on_start(child.terminate)
+            if heart is not None:
+                heart.launched(child.terminate)
+            state.attach(child, on_interrupt, heart)
             _tee(child, record, console or _console(), state)
             code = child.wait()
     seconds = time.monotonic() - started
@@ -95,21 +99,32 @@ class _State:
     """What the signal handlers know: they must not wait, nor raise in the middle of a write."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.interrupted = 0
         self.pending = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._announce: Callable[[], None] = lambda: None
+        self._heart: Heartbeat | None = None
 
-    def attach(self, child: subprocess.Popen[bytes], announce: Callable[[], None]) -> None:
-        self._child, self._announce = child, announce
-        for _ in range(self.pending):
-            child.send_signal(signal.SIGTERM)
+    def attach(
+        self,
+        child: subprocess.Popen[bytes],
+        announce: Callable[[], None],
+        heart: Heartbeat | None,
+    ) -> None:
+        self._child, self._announce, self._heart = child, announce, heart
+        for number in range(self.pending):
+            self._tell(first=number == 0)
+
+    def _tell(self, first: bool) -> None:
+        if first and self._heart is not None:
+            self._heart.stop()
+        elif self._child is not None:
+            self._child.send_signal(signal.SIGTERM)
 
     def handle(self, number: int, frame: Any) -> None:
-        first, self.interrupted = not self.interrupted, True
+        first, self.interrupted = not self.interrupted, self.interrupted or number
         self.pending += 1
-        if self._child is not None:
-            self._child.send_signal(signal.SIGTERM)
+        self._tell(first)
         if first:
             self._announce()
 

@@ -2,7 +2,8 @@
 
 In a step's logs directory, which all hosts share:
 
-    driver.beat       the driver counts in it while it lives, and writes "ended" when it is done
+    driver.beat       the driver counts in it while it lives; "stop": save and end; "ended": it is
+                      done, end at once
     rankK.alive       rank K counts in it while it lives (JSON: host, pid, count, ended)
     rankK.done.json   rank K has come to the end of the step
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -24,7 +26,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-BEAT_FILE, ENDED = "driver.beat", "ended"
+BEAT_FILE, ENDED, STOP = "driver.beat", "ended", "stop"
 INTERVAL_SECONDS = 1.0
 HEARTBEAT, FORWARDED = "RLHF_HEARTBEAT", "RLHF_FORWARDED"
 EXIT_WITHOUT_DRIVER = 143  # as if it had been told to terminate
@@ -97,6 +99,8 @@ class Lifeline:
                 found = self.beat.read_text(encoding="utf-8")
                 if found == ENDED:
                     self._leave("the driver has ended this step")
+                if found.startswith(STOP) and not last.startswith(STOP):
+                    os.kill(os.getpid(), signal.SIGTERM)  # as where the launcher passes it on
                 if found != last:
                     last, self._checked = found, time.monotonic()
 

@@ -169,3 +169,25 @@ def section_of(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     flat = flatten({key: config.get(key, {}) for key in (f"step{step}", "data", "seed")})
     flat.pop("data.cache_dir", None)
     return nest(flat)
+
+
+# Settings of a step's own section that change what is printed, or rounding, but not the result.
+_NOT_DECISIVE = (
+    "train.micro_batch_size",
+    "train.eval_batch_size",
+    "train.eval_every",
+    "train.log_every",
+    "micro_batch_size",
+    "log_every",
+)
+
+
+def decisive(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Dotted name -> value, of the settings that must be the same to go on from a checkpoint."""
+    left_out = {f"step{step}.{name}" for name in _NOT_DECISIVE}
+    flat = flatten(section_of(config, step))
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in left_out and not name.startswith(f"step{step}.eval.")
+    }

@@ -15,7 +15,7 @@ from rlhf.config.schema import ResolvedStep
 from rlhf.errors import ConfigError
 
 PARENTS = ("sft", "reward")
-_SHARED = ("data.", "launch.", "hub.", "track.")
+_SHARED = ("data.", "launch.", "hub.", "checkpoint.", "track.")
 
 
 def step_config(argv: Sequence[str], step: int) -> ResolvedStep:

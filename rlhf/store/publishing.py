@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from rlhf.errors import ArtifactError
 from rlhf.store.files import (
     disk_errors,
@@ -122,6 +124,17 @@ def _sibling(destination: Path, what: str) -> Path:
 
 def _finish(directory: Path, content: dict[str, Any]) -> Manifest:
     """Hashes what was written and writes the manifest, last."""
+    return Manifest.model_validate(seal(directory, content, MANIFEST, Manifest))
+
+
+def seal(
+    directory: Path, content: dict[str, Any], name: str, kind: type[BaseModel]
+) -> dict[str, Any]:
+    """Writes the record `name` with the hash and size of every file, last; all of it on the disk.
+
+    Returns the record: `content` with `files` and `id`. `kind` validates it before it is written.
+    Raises ArtifactError: nothing in the directory, a link, an unusable file name.
+    """
     sizes = scan(directory)
     for relative in sizes:
         if problem := path_problem(relative):
@@ -134,14 +147,14 @@ def _finish(directory: Path, content: dict[str, Any]) -> Manifest:
     files = {path: {"sha256": digests[path], "size": sizes[path]} for path in sizes}
     content = {**content, "files": files}
     content["id"] = fingerprint(content)
-    manifest = Manifest.model_validate(content)
+    kind.model_validate(content)
     fsync_tree(directory)
-    with open(directory / MANIFEST, "x", encoding="ascii") as stream:
+    with open(directory / name, "x", encoding="ascii") as stream:
         stream.write(pretty_json(content))
         stream.flush()
         os.fsync(stream.fileno())
     fsync_directory(directory)
-    return manifest
+    return content
 
 
 def _put(temporary: Path, destination: Path) -> None:

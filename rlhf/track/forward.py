@@ -24,6 +24,8 @@ class Place:
     step_dir: Path
     step: int
     project: str
+    done: int = 0
+    """Optimiser steps that are logged already, before a resume."""
 
     @property
     def run_name(self) -> str:
@@ -43,7 +45,11 @@ TRACKERS: dict[str, TrackerKind] = {
     "tensorboard": TrackerKind(
         "tensorboard",
         "tensorboard",
-        lambda place: {"run_name": "tensorboard", "logging_dir": place.step_dir},
+        lambda place: {
+            "run_name": "tensorboard",
+            "logging_dir": place.step_dir,
+            **({"purge_step": place.done + 1} if place.done else {}),
+        },
     ),
     # One aim repository for the steps of a run: `aim up --repo output/NAME`.
     "aim": TrackerKind(
