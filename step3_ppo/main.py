@@ -157,7 +157,7 @@ class Trainer:
         """All iterations; yields each one's figures (metric glossary: README.md)."""
         settings = self.run.config.step3
         rollout_settings, ppo = settings.rollout, settings.ppo
-        size = settings.micro_batch_size
+        size = data.Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         for prompts in itertools.islice(self._prompt_batches(), self.iterations):
             clock = Clock()
             # 1. The policy answers.
