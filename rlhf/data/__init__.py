@@ -12,6 +12,7 @@ from rlhf.data.batches import (
 )
 from rlhf.data.plan import Budget, plan_batches, whole_pass
 from rlhf.data.prepare import StageData, prepare
+from rlhf.data.replay import Replayable
 from rlhf.data.texts import texts
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Budget",
     "PairBatch",
     "PromptBatch",
+    "Replayable",
     "SFTBatch",
     "StageData",
     "collate_pairs",
