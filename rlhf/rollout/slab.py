@@ -4,16 +4,21 @@ All rows share one write column. A row's tokens lie in consecutive columns that 
 left padding before them is masked, so rows that joined at different times sit side by side: only
 the masked prefix differs. Reads go from the first column that any live row needs. Layers are full
 length; sliding windows come from the mask that transformers builds.
+
+On CPU keys are stored with the columns last and shown as (slots, heads, columns, dim): the product
+of a query with all keys reads memory in order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+Pairs = Sequence[tuple[Tensor, Tensor]]  # keys and values (B, heads, T, dim) of each layer
 
 
 @dataclass
@@ -30,10 +35,17 @@ class SlabLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, like: Any, slots: int, columns: int, span: Span) -> None:
+    def __init__(self, like: tuple[Tensor, Tensor], slots: int, columns: int, span: Span) -> None:
         super().__init__()
         # Zeros: a masked column is multiplied by weight 0, which a stray NaN would survive.
-        self.held = tuple(_zeros(given, slots, columns) for given in _pair(like))
+        keys, values = like
+        if keys.device.type == "cpu":
+            self._flat = _zeros(keys, slots, keys.shape[3], columns)
+            held = self._flat.transpose(2, 3)
+        else:
+            held = _zeros(keys, slots, columns, keys.shape[3])
+            self._flat = held.transpose(2, 3)
+        self.held = (held, _zeros(values, slots, columns, values.shape[3]))
         self.keys, self.values = self.held
         self.span = span
         self.is_initialized = True
@@ -51,6 +63,19 @@ class SlabLayer(CacheLayerMixin):
         values[:rows, :, end] = value_states.squeeze(2)
         return keys[:rows, :, start : end + 1], values[:rows, :, start : end + 1]
 
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """`update` without views: (rows, heads, dim) into the next column."""
+        rows, end = self.span.rows, self.span.end
+        self.held[0][:rows, :, end] = keys
+        self.held[1][:rows, :, end] = values
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Live keys (rows * heads, dim, length) and values (rows * heads, length, dim), views,
+        the column just written included."""
+        rows, start, end = self.span.rows, self.span.start, self.span.end + 1
+        keys, values = self._flat[:rows], self.held[1][:rows]
+        return keys.flatten(0, 1)[:, :, start:end], values.flatten(0, 1)[:, start:end]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of what `update` will return."""
         return self.get_seq_length() + query_length, 0
@@ -67,14 +92,15 @@ class SlabLayer(CacheLayerMixin):
 class Slab:
     """The cache of all layers with its mask; `slots` rows of `columns` columns."""
 
-    def __init__(self, prefilled: DynamicCache, slots: int, columns: int) -> None:
+    def __init__(self, prefilled: Pairs, slots: int, columns: int) -> None:
         self.span = Span()
-        self.layers = [SlabLayer(like, slots, columns, self.span) for like in prefilled.layers]
+        self.layers = [SlabLayer(like, slots, columns, self.span) for like in prefilled]
         self.cache = Cache(layers=list(self.layers))
         device = self.layers[0].held[0].device
         self._column = torch.arange(columns, device=device)
         self._first = torch.zeros(slots, dtype=torch.long, device=device)
         self._visible = torch.zeros(slots, columns, dtype=torch.bool, device=device)
+        self._even = False  # all live rows begin at the same column
 
     @property
     def mask(self) -> Tensor:
@@ -82,15 +108,24 @@ class Slab:
         advance, so it need not grow."""
         return self._visible[: self.span.rows, self.span.start : self.span.end + 1]
 
-    def append(self, prefilled: DynamicCache, source: Tensor, lengths: Tensor) -> None:
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(rows, 1, length + 1) to add to scores: 0 where `mask` is True, -inf elsewhere; None
+        where all is visible."""
+        if self._even:
+            return None
+        mask = self.mask
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return zeros.masked_fill_(~mask, float("-inf"))[:, None]
+
+    def append(self, prefilled: Pairs, source: Tensor, lengths: Tensor) -> None:
         """Add len(source) rows: row i is a copy of row `source[i]` of a left-padded prefill,
         with `lengths[i]` real tokens. Prompts must not be longer than the live columns."""
-        span, width = self.span, prefilled.get_seq_length()
+        span, width = self.span, prefilled[0][0].shape[2]
         if span.rows == 0:
             span.start, span.end = 0, width
         old, new = span.rows, span.rows + len(source)
-        for layer, filled in zip(self.layers, prefilled.layers, strict=True):
-            for held, given in zip(layer.held, _pair(filled), strict=True):
+        for layer, filled in zip(self.layers, prefilled, strict=True):
+            for held, given in zip(layer.held, filled, strict=True):
                 held[old:new, :, span.end - width : span.end] = given[source]
         self._first[old:new] = span.end - lengths
         self._visible[old:new] = self._column >= self._first[old:new, None]
@@ -129,12 +164,10 @@ class Slab:
 
     def _trim(self) -> None:
         if self.span.rows:
-            self.span.start = int(self._first[: self.span.rows].min())
+            first = self._first[: self.span.rows]
+            self.span.start, last = (int(x) for x in first.aminmax())
+            self._even = last == self.span.start
 
 
-def _pair(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values
-
-
-def _zeros(like: Tensor, slots: int, columns: int) -> Tensor:
-    return like.new_zeros(slots, like.shape[1], columns, like.shape[3])
+def _zeros(like: Tensor, slots: int, *size: int) -> Tensor:
+    return like.new_zeros(slots, like.shape[1], *size)
