@@ -1,8 +1,7 @@
 """Attention of one query over the cache, as two batched products.
 
-On CPU `scaled_dot_product_attention` is slow for a single query, 3 to 10 times slower than this
-in half precision. Keys lie there with the positions last (slab.py), which is the order that the
-first product reads.
+On CPU `scaled_dot_product_attention` is slow for a single query: 3 to 10 times slower than this in
+half precision.
 
 `attend_last` serves our own forward (lean.py). For other models transformers looks attention up by
 the name in the config: the name is switched while generating, and everything but a decode step
@@ -54,13 +53,13 @@ def attend_last(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | No
     """One query a row: (B, heads, D), scaled -> (B, heads * D).
 
     Args:
-        keys: (B * groups, D, L); values: (B * groups, L, D). `heads` is a multiple of `groups`.
+        keys, values: (B * groups, L, D); `heads` is a multiple of `groups`.
         bias: (B, 1, L), 0 or -inf, or None where everything is visible.
 
     torch's softmax over half precision computes in fp32 and rounds once.
     """
     batch, heads, size = queries.shape
-    scores = torch.bmm(queries.reshape(len(keys), -1, size), keys)
+    scores = torch.bmm(queries.reshape(len(keys), -1, size), keys.transpose(1, 2))
     if bias is not None:
         scores.view(batch, heads, -1).add_(bias)
     return torch.bmm(scores.softmax(dim=-1), values).view(batch, heads * size)

@@ -33,8 +33,6 @@ from rlhf.rollout.sampling import choose
 from rlhf.rollout.slab import Slab
 from rlhf.rollout.stopping import StopStrings
 
-# Spare columns for rows that join late; live columns are moved once in so many steps.
-_SPARE_COLUMNS = 64
 # Waiting prompts join when this share of the slots is free: prefills of one row cost too much.
 _REFILL_SHARE = 8
 
@@ -137,8 +135,7 @@ class _Run:
         self.stats = RolloutStats()
         self.samples, self.limit = sampling.n_samples_per_prompt, sampling.max_new_tokens
         self.lengths = prompt_lengths(request)
-        self.longest = int(self.lengths.max())
-        check_fits(model, self.longest, self.limit)
+        check_fits(model, int(self.lengths.max()), self.limit)
 
         device = request.prompt_ids.device
         order = self.lengths.argsort(descending=True, stable=True)
@@ -211,8 +208,7 @@ class _Run:
             self.request.prompt_attention_mask[prompts, -width:].bool(),
         )
         if self.slab is None:
-            spare = min(self.limit, _SPARE_COLUMNS) if len(self.waiting) else 0
-            self.slab = Slab(layers, self.slots, self.longest + self.limit + spare)
+            self.slab = Slab(layers, self.slots)
         self.slab.append(layers, source, lengths[source])
         self.stats.prefills += 1
         self.stats.prefilled_rows += len(prompts)

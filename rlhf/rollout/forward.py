@@ -86,7 +86,8 @@ def forward_of(model: Any, *, lean: bool, whole: bool) -> Iterator[Forward]:
         )
     ours = LeanForward.of(model) if lean and whole else None
     if ours is not None:
-        yield ours
+        with packed_linears(model.get_output_embeddings()):  # inside a head that is not plain
+            yield ours
         return
     with lean_attention(model):
         if lean and whole:

@@ -113,8 +113,7 @@ def _last_only(
     block: Block, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The last layer: one query a row, (B, heads, size) -> (B, heads * size)."""
-    columns = keys.transpose(2, 3).flatten(0, 1)
-    return attend_last(queries * block.scale, columns, values.flatten(0, 1), bias)
+    return attend_last(queries * block.scale, keys.flatten(0, 1), values.flatten(0, 1), bias)
 
 
 def _feed_forward(block: Block, x: Tensor) -> Tensor:
