@@ -294,7 +294,7 @@ class RLConfig(Section):
 class RunConfig(Section):
     """One run: where it goes, what it reads, and the three steps."""
 
-    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w.+-]+$")
+    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w+-][\w.+-]*$")
     output_dir: str = doc("output", "Where runs are kept.")
     seed: int = doc(1234, "Everything random derives from it.", ge=0, lt=2**31)
     launch: LaunchConfig = doc(LaunchConfig, "Processes.")
