@@ -60,6 +60,8 @@ class Keeper:
         """Where metrics.jsonl ended at the checkpoint that was restored; None: a fresh start."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        # What is written already is not lost when the step fails right after it.
+        run.at_end.append(self._writer.shutdown)
         self._saved_at = time.monotonic()
 
     def restore(self) -> dict[str, Any]:

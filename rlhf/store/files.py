@@ -43,7 +43,8 @@ def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[N
         yield
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        if code is None and os.strerror(errno.ENOSPC).lower() in str(error).lower():
+        full = (os.strerror(errno.ENOSPC).lower(), "pytorchstreamwriter failed writing")
+        if code is None and any(text in str(error).lower() for text in full):
             code = errno.ENOSPC
         if code not in _REMEDIES:
             raise
