@@ -20,7 +20,7 @@ class DataConfig(Section):
     path: list[str] = doc(
         ["sample:courtesy"],
         "Data sets: `sample:courtesy` (ships with the project), files or directories "
-        "(json, jsonl, csv, parquet, arrow), fsspec URLs, or hub ids.",
+        "(json, jsonl, csv, parquet, arrow), http(s) or fsspec URLs, or hub ids.",
         min_length=1,
     )
     columns: dict[str, str] = doc(
