@@ -26,7 +26,7 @@ from rlhf.store.checkpoints import CHECKPOINT, read_checkpoint
 from tests.unit.data_help import gpt2_like, pair, run
 
 LOOSE = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 SCALAR = (
     st.none()
@@ -199,7 +199,7 @@ def prepare_all(path: Path, cache: Path, **settings_: Any) -> None:
 TOKENIZER = gpt2_like()
 
 
-@settings(LOOSE, max_examples=60)
+@settings(LOOSE, max_examples=40)
 @given(rows=st.lists(ROW, min_size=1, max_size=4))
 @example(rows=[{"messages": [], "prompt": None}])
 @example(rows=[{"prompt": [{"role": "user", "content": "x"}], "chosen": [[]], "rejected": [1]}])
@@ -214,7 +214,7 @@ def test_any_rows(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     prepare_all(path, tmp_path / "c", eval_fraction=0)
 
 
-@settings(LOOSE, max_examples=60)
+@settings(LOOSE, max_examples=40)
 @given(
     raw=st.binary(max_size=150),
     suffix=st.sampled_from(
@@ -235,7 +235,7 @@ def test_any_bytes_as_a_data_file(tmp_path: Path, raw: bytes, suffix: str) -> No
     prepare_all(path, tmp_path / "c")
 
 
-@settings(LOOSE, max_examples=60)
+@settings(LOOSE, max_examples=40)
 @given(data=st.data())
 def test_a_data_file_with_damaged_bytes(tmp_path: Path, data: Any) -> None:
     """A good JSONL or CSV file in which some bytes are others."""
