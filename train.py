@@ -21,6 +21,7 @@ from launch.preflight import preflight
 from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
+from rlhf.redact import redact, redact_tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
         print(f"interrupted: {error}", file=sys.stderr)
@@ -49,26 +50,30 @@ def run(argv: Sequence[str]) -> int:
         return COMMANDS[argv[0]](argv[1:])
     options = parse_options(argv)
     if options.print_config or options.json_schema:
-        print(json_schema() if options.json_schema else config_yaml(options.config))
+        print(json_schema() if options.json_schema else redact(config_yaml(options.config)))
         return 0
 
     plan = make_plan(options)
-    print(json.dumps(plan_json(plan), indent=2) if options.as_json else describe(plan), flush=True)
+    if options.as_json:
+        print(json.dumps(redact_tree(plan_json(plan)), indent=2))
+    else:
+        print(redact(describe(plan)), flush=True)
     if options.dry_run:
         return 0
 
     env, lines = preflight(plan)
     for line in lines:
-        print(line)
-    with execute.locked(plan.run.path, plan.role):
+        print(redact(line))
+    grace = plan.config.launch.grace_seconds
+    with execute.locked(plan.run.path, plan.role, grace) as lock:
         if not plan.role:
             record_plan(options, plan)
-        run_steps(options, plan, env)
+        run_steps(options, plan, env, lock)
     show_verdict(plan)
     return 0
 
 
-def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
+def run_steps(options: Options, plan: Plan, env: dict[str, str], lock: int) -> None:
     """Each step is launched once its parents are proven, and proven before the next."""
     for item in plan.steps:
         if item.manifest is not None:
@@ -78,7 +83,7 @@ def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
             "seconds",
             flush=True,
         )
-        manifest, outcome = recover.run_step(plan.run, item, env)
+        manifest, outcome = recover.run_step(plan.run, item, env, lock)
         print(execute.describe_result(item, manifest, outcome), flush=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rlhf.config.names import absolute_if_local, is_path_like
 from rlhf.config.resolve import decisive, section_of
 from rlhf.config.schema import ResolvedStep
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
+from rlhf.redact import redact_tree
 from rlhf.store import MANIFEST, Manifest, RunDir, jsonable, read_json, read_manifest, verify
 from rlhf.store.checkpoints import differences, newest, refusal
 
@@ -37,6 +38,8 @@ class Parent:
     """Fingerprint of its tokenizer, from its manifest."""
     here: bool = False
     """Made by this same command."""
+    descends_from: str | None = None
+    """For a reward model of this run: the id of the SFT model that it was trained from."""
     note: str = ""
 
 
@@ -50,6 +53,7 @@ def find_parents(options: Options, step: int, done: Mapping[int, Manifest | None
     parents = [parent for parent in found if parent is not None]
     if step == 3:
         check_tokenizers(*parents)
+        check_descent(*parents)
     return parents
 
 
@@ -60,6 +64,18 @@ def check_tokenizers(sft: Parent, reward: Parent) -> None:
             f"step 3: the reward artifact {reward.path} was trained with tokenizer "
             f"{reward.tokenizer[:8]}, the actor's ({sft.path}) is {sft.tokenizer[:8]}: retrain "
             "step 2 on this actor's tokenizer (--step 2 --force), or pass another --reward-model"
+        )
+
+
+def check_descent(sft: Parent, reward: Parent) -> None:
+    """Raises ArtifactError if one of this run's two models was replaced after the other was made,
+    be it by another run's artifact that verifies by itself."""
+    if sft.id and reward.descends_from and reward.descends_from != sft.id:
+        raise ArtifactError(
+            f"step 3: the reward artifact {reward.path} was trained from SFT model "
+            f"{reward.descends_from[:12]}, but {sft.path} is {sft.id[:12]}: one of them was made "
+            "again or is another run's. Make step 2 again (--step 2 3), or start a run with "
+            "models of your own (--name, --actor-model, --reward-model)"
         )
 
 
@@ -102,10 +118,12 @@ def _from_run(options: Options, step: int, name: str, flag: str | None) -> Paren
             f"or, to use a model of your own, start a new run (--name) with {_MODEL_FLAG[name]}"
         ) from error
     note = ""
+    above = manifest.parents.get("sft")
     base = flatten(manifest.config).get(f"step{maker}.model.name")
     if flag and flag != base:
         note = f"{_MODEL_FLAG[name]} {flag} is not used: step {maker}'s artifact (from {base}) is"
-    return _own(name, path, manifest, note)
+    found = _own(name, path, manifest, note)
+    return replace(found, descends_from=above.id if above and name == "reward" else None)
 
 
 def _own(name: str, path: Path, manifest: Manifest, note: str = "") -> Parent:
@@ -174,7 +192,7 @@ def already_done(
         if was is None or was.id != parent.id or (parent.id is None and was.path != parent.path):
             return None, f"its {parent.name} parent is another one now"
     before = flatten(section_of(manifest.config, step))
-    now = flatten(section_of(jsonable(resolved.config), step))
+    now = flatten(section_of(redact_tree(jsonable(resolved.config)), step))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         shown = [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:3]]
@@ -195,7 +213,7 @@ def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) 
     place, record = found
     fatal, changed = differences(
         record,
-        settings=decisive(jsonable(resolved.config), resolved.step),
+        settings=redact_tree(decisive(jsonable(resolved.config), resolved.step)),
         parents={parent.name: parent.id or parent.path for parent in parents},
         world_size=resolved.world_size,
     )

@@ -19,8 +19,12 @@ from rlhf.store.files import disk_errors, remove
 ROLLBACK_SCALE = 0.5
 
 
-def run_step(run: RunDir, item: StepPlan, env: dict[str, str]) -> tuple[Manifest, Outcome]:
+def run_step(
+    run: RunDir, item: StepPlan, env: dict[str, str], lock: int | None = None
+) -> tuple[Manifest, Outcome]:
     """Launches a step and proves its result; starts it again where the settings say so.
+
+    `lock`: held until none of its processes is left.
 
     Raises what `execute.launch` and `execute.prove_result` raise when nothing is left to try.
     """
@@ -28,7 +32,7 @@ def run_step(run: RunDir, item: StepPlan, env: dict[str, str]) -> tuple[Manifest
     restarts, item = launched.max_restarts, _prepared(run, item)
     while True:
         before, kills = execute.stamp(run, item.step), oom_kills()
-        outcome = execute.launch(run, item, env)
+        outcome = execute.launch(run, item, env, lock)
         try:
             return execute.prove_result(run, item, before, outcome), outcome
         except UserError as error:

@@ -19,14 +19,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError
 from rlhf.lifeline import Lifeline, adopt_environment
+from rlhf.redact import redact, redact_tree
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
-from rlhf.store.files import remove
+from rlhf.store.files import disk_errors, remove
 
 OOM_REMEDY = (
     "Out of memory. In this order: halve micro_batch_size (the result stays the same), turn on "
@@ -49,6 +50,8 @@ class StepRun:
     can_save: bool = False
     """The training loop runs: it stops by itself, with a checkpoint, when `stop` is set."""
     proven: dict[str, str | None] = field(default_factory=dict)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """Called before the process ends, however `main` did."""
 
     @property
     def config(self) -> RunConfig:
@@ -136,7 +139,7 @@ class StepRun:
             parents=self.parent_records(),
             data_fingerprint=data_fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint,
-            config=self.config.model_dump(mode="json"),
+            config=redact_tree(self.config.model_dump(mode="json")),
             metrics=metrics | {"seconds_by_phase": self.phases},
         )
         self.say(
@@ -166,19 +169,25 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     try:
         resolved = step_config(sys.argv[1:], step)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     run = StepRun(resolved, rank)
     _take_signals(run)
     logs = run.directory.logs(step)
-    logs.mkdir(parents=True, exist_ok=True)
     failure = logs / f"rank{rank}.failure.json"
-    failure.unlink(missing_ok=True)
+    try:
+        with disk_errors(logs, RequirementError):
+            logs.mkdir(parents=True, exist_ok=True)
+            failure.unlink(missing_ok=True)
+            opened = RankLog(logs / f"rank{rank}.log", sys.stderr)
+    except UserError as error:
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     os.environ.setdefault("RLHF_COLLECTIVE_TIMEOUT", str(run.config.launch.collective_timeout))
     lifeline = Lifeline(logs, rank, os.environ)
     lifeline.start()
-    with (logs / f"rank{rank}.log").open("a", buffering=1, encoding="utf-8") as log:
-        faulthandler.enable(log)
+    with opened as log:
+        faulthandler.enable(log.fileno())
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
         _quiet_libraries()
         try:
@@ -196,6 +205,8 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
             code = 1
             _record(failure, run, error, _remedy(error), code)
             traceback.print_exc()
+        for call in run.at_end:
+            call()
         sys.stdout.flush()
         sys.stderr.flush()
     faulthandler.disable()
@@ -273,20 +284,21 @@ def _keep_batch(run: StepRun, error: UserError) -> None:
 
 
 def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) -> None:
-    write_json_atomic(
-        path,
-        {
-            "rank": run.rank,
-            "phase": run.phase_name,
-            "type": type(error).__name__,
-            "message": str(error),
-            "remedy": remedy,
-            "traceback": "".join(traceback.format_exception(error)),
-            "exit_code": code,
-            "host": socket.gethostname(),
-            "time": time.time(),
-        },
-    )
+    record = {
+        "rank": run.rank,
+        "phase": run.phase_name,
+        "type": type(error).__name__,
+        "message": str(error),
+        "remedy": remedy,
+        "traceback": "".join(traceback.format_exception(error)),
+        "exit_code": code,
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
+    try:
+        write_json_atomic(path, redact_tree(record))
+    except RequirementError as unwritten:  # the disk is full: the console is what is left
+        print(f"error: {unwritten}", file=sys.stderr, flush=True)
 
 
 def _remedy(error: Exception) -> str:
@@ -300,23 +312,61 @@ def _remedy(error: Exception) -> str:
     return ""
 
 
-class Tee:
-    """Writes to the console and to the rank's log file; the log gets whole lines, not bars."""
+class RankLog:
+    """A rank's log file: whole lines instead of bars, no secrets, each piece written at once.
 
-    def __init__(self, console: TextIO, log: IO[str]) -> None:
+    A disk that takes no more is told once on the console; what it missed is lost, the run is not.
+    """
+
+    def __init__(self, path: Path, console: TextIO) -> None:
+        self.path, self.console = path, console
+        self._stream = path.open("ab", buffering=0)
+        self._told = False
+
+    def write(self, text: str) -> int:
+        data = redact(text.replace("\r", "\n")).encode("utf-8", "backslashreplace")
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                print(
+                    f"warning: {self.path}: cannot be written ({error.strerror}): the console "
+                    "alone has what follows; free some space",
+                    file=self.console,
+                    flush=True,
+                )
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def __enter__(self) -> RankLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+class Tee:
+    """Writes to the console and to the rank's log, without secrets."""
+
+    def __init__(self, console: TextIO, log: RankLog) -> None:
         self.console, self.log = console, log
 
     def write(self, text: str) -> int:
         # A launcher that was killed has taken the console with it; the log goes on.
         with contextlib.suppress(BrokenPipeError):
-            self.console.write(text)
-        self.log.write(text.replace("\r", "\n"))
+            self.console.write(redact(text))
+        self.log.write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self.console.flush()
-        self.log.flush()
 
     def isatty(self) -> bool:
         return self.console.isatty()

@@ -15,6 +15,7 @@ from rlhf.engine import checkpoint, comm
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError, ConfigError, RequirementError, UserError
 from rlhf.harness import StepRun, Stopped, put_away
+from rlhf.redact import redact_tree
 from rlhf.store import checkpoints
 from rlhf.store.files import disk_errors, remove
 from rlhf.store.jsonio import jsonable
@@ -59,6 +60,8 @@ class Keeper:
         """Where metrics.jsonl ended at the checkpoint that was restored; None: a fresh start."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        # What is written already is not lost when the step fails right after it.
+        run.at_end.append(self._writer.shutdown)
         self._saved_at = time.monotonic()
 
     def restore(self) -> dict[str, Any]:
@@ -153,7 +156,7 @@ class Keeper:
                 "position": position,
                 "world_size": comm.world_size(),
                 "engines": {name: checkpoint.shape(e) for name, e in self.engines.items()},
-                "settings": decisive(jsonable(run.config), step),
+                "settings": redact_tree(decisive(jsonable(run.config), step)),
                 "parents": run.parent_ids(),
                 "data_fingerprint": self.data_fingerprint,
                 "metrics_bytes": metrics_bytes,
@@ -209,7 +212,7 @@ class Keeper:
         step = self.run.resolved.step
         fatal, changed = checkpoints.differences(
             record,
-            settings=decisive(jsonable(self.run.config), step),
+            settings=redact_tree(decisive(jsonable(self.run.config), step)),
             parents=self.run.parent_ids(),
             world_size=comm.world_size(),
         )

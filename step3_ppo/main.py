@@ -193,7 +193,7 @@ class Trainer:
         """All iterations that are left; yields each one's figures (metric glossary: README.md)."""
         settings = self.run.config.step3
         rollout_settings, ppo = settings.rollout, settings.ppo
-        size = settings.micro_batch_size
+        size = data.Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         for prompts in itertools.islice(self._prompt_batches(), self.iterations - self.iteration):
             clock = Clock()
             # 1. The policy answers.

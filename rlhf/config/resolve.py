@@ -11,6 +11,7 @@ from rlhf.config.load import MODEL_NAMES, flatten, nest, with_values
 from rlhf.config.names import absolute_if_local
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ConfigError
+from rlhf.redact import HIDDEN_SETTINGS, first_redacted
 
 # step -> setting left unset -> (parent, the parent's setting that it takes)
 INHERITS: dict[int, dict[str, tuple[str, str]]] = {
@@ -56,6 +57,7 @@ def resolve_step(
     Raises ConfigError: a relation does not hold, a batch does not fit.
     """
     parents = dict(parents or {})
+    refuse_redacted(config)
     config = absolute_paths(config)
     changes, inherited = inherit(config, step, parent_configs or {})
     try:
@@ -72,6 +74,16 @@ def resolve_step(
         inherited=inherited,
         config=config,
     )
+
+
+def refuse_redacted(config: RunConfig) -> None:
+    """Raises ConfigError for a setting whose secret was taken out when it was written down."""
+    if name := first_redacted(config.model_dump()):
+        raise ConfigError(
+            f"{name} = {_get(config, name)!r} has a secret in it that was not written down: give "
+            f"the real value (--{name} VALUE), or start the step through train.py, which passes "
+            f"it on in the environment ({HIDDEN_SETTINGS}; on other hosts set that yourself)"
+        )
 
 
 def inherit(

@@ -25,7 +25,7 @@ from rlhf.store.files import (
     scan,
 )
 from rlhf.store.jsonio import fingerprint, jsonable, pretty_json
-from rlhf.store.manifest import MANIFEST, Manifest, path_problem
+from rlhf.store.manifest import MANIFEST, Manifest, path_problem, verify
 
 PACKAGES = (
     "rlhf-pipeline",
@@ -86,15 +86,60 @@ def publish(
     with disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(destination.parent):
-            clean(destination)
-            temporary = _sibling(destination, "tmp")
-            temporary.mkdir()
-            try:
-                write(temporary)
-                manifest = _finish(temporary, content)
-                _put(temporary, destination)
-            finally:
-                remove(temporary)
+            return _replace(destination, write, content)
+
+
+def make_once(
+    destination: Path, write: Callable[[Path], object], *, made_from: str, origin: Mapping[str, Any]
+) -> None:
+    """A "base" artifact at `destination`: kept if it verifies and was made from the same, else
+    made with `write(directory)`, as `publish` does.
+
+    `made_from`: hash of all that it is made of; `origin` says the same to a person. Others that
+    make it at the same time are waited for. Raises as `publish` does.
+    """
+    content = jsonable(
+        {
+            "format": 1,
+            "kind": "base",
+            "step": 0,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "parents": {},
+            "data_fingerprint": made_from,
+            "tokenizer_fingerprint": "",
+            "config": origin,
+            "versions": library_versions(),
+            "metrics": {},
+        }
+    )
+    if _is_whole(destination, made_from):
+        return
+    with disk_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(destination.parent, wait=True):
+            if not _is_whole(destination, made_from):
+                _replace(destination, write, content)
+
+
+def _is_whole(base: Path, made_from: str) -> bool:
+    try:
+        return verify(base, "base").data_fingerprint == made_from
+    except ArtifactError:
+        return False
+
+
+def _replace(
+    destination: Path, write: Callable[[Path], object], content: dict[str, Any]
+) -> Manifest:
+    clean(destination)
+    temporary = _sibling(destination, "tmp")
+    temporary.mkdir()
+    try:
+        write(temporary)
+        manifest = _finish(temporary, content)
+        _put(temporary, destination)
+    finally:
+        remove(temporary)
     return manifest
 
 

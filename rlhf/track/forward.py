@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.config.schema import TrackConfig
 from rlhf.errors import ConfigError, RequirementError
+from rlhf.redact import redact_tree
 
 _FAILURES = 3
 
@@ -150,7 +151,7 @@ class Forward:
         tracker.main_process_only = False
         tracker.start()
         self._tracker = tracker
-        tracker.store_init_configuration(flatten(config))
+        tracker.store_init_configuration(redact_tree(flatten(config)))
 
     def _guard(self, call: Callable[[], None]) -> None:
         try:

@@ -20,6 +20,7 @@ from rlhf.store import checkpoints
 from rlhf.track import read_metrics
 from tests.soak import digests, figures
 from tests.unit import model_help as help_
+from tests.unit.test_launch_supervise import wait_for
 from tests.unit.test_steps_main import config, root, step
 
 __all__ = ["root"]  # a fixture
@@ -390,6 +391,7 @@ def test_numbers_that_are_lost_stop_the_step(
     with pytest.raises(Diverged, match="training loss is nan") as caught:
         step(1, saving(root), root / "run", tmp_path)
     assert caught.value.tensors["input_ids"].equal(calls[3].input_ids)
+    wait_for(lambda: checkpoints.checkpoints(resumed(tmp_path)))  # written in the background
     (saved,) = checkpoints.checkpoints(resumed(tmp_path))
     assert saved.name == "step-00000001", "what was saved before is whole"
 
@@ -415,3 +417,20 @@ def test_a_policy_that_has_left_the_reference_stops_the_step(root: Path, tmp_pat
     settings = config(root, step3={"ppo": {"max_kl": 1e-9}, "iterations": 3})
     with pytest.raises(Diverged, match=r"nats per token, over step3.ppo.max_kl = 1e-09"):
         step(3, settings, root / "run", tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_is_caught(stage: int, clip: float) -> None:
+    """The loss is finite, its slope is not: DeepSpeed's norms say -1 then."""
+    from rlhf.config.schema import EngineConfig
+
+    engine = help_.train_engine(
+        torch.nn.Linear(4, 4), engine=EngineConfig(zero_stage=stage), max_grad_norm=clip
+    )
+
+    def loss(row: torch.Tensor) -> torch.Tensor:
+        return (engine(row) * 0).sum().abs().sqrt()
+
+    with pytest.raises(Diverged, match="the gradient is not finite"):
+        engine.step([torch.ones(1, 4)], loss)
