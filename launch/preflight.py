@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from launch.checks import refuse
+from launch.hostcheck import on_hosts
 from launch.hub import check_hub
 from launch.plan import Plan
 from launch.spec import Placement
@@ -44,11 +45,9 @@ def preflight(plan: Plan) -> tuple[dict[str, str], list[str]]:
 
 
 def check_hosts(plan: Plan) -> list[str]:
-    """Asks every host all that `rlhf doctor` asks. Returns what to print; raises RequirementError."""
-    from launch import doctor  # it asks what is asked here, too
-
+    """Asks every host what `rlhf doctor` asks. Returns lines to print; raises RequirementError."""
     began = time.monotonic()
-    checks = doctor.on_hosts(plan)
+    checks = on_hosts(plan)
     hosts = len(plan.placement.hosts)
     refuse(checks, f"{len(checks)} checks of {hosts} host(s)")
     warnings = [check.line() for check in checks if check.state == "warn"]

@@ -1,8 +1,10 @@
 """What a host says of itself. Sent to its Python by ssh; standard library only; prints JSON.
 
-Input: JSON on the command line (see `ask` in launch/doctor.py). It changes nothing but one small file
-in the run directory, which shows that it can.
+Input: JSON on the command line (`question` in launch/hostcheck.py). It writes one small file in the
+run directory, which shows that it can, and nothing else.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -17,7 +19,7 @@ from pathlib import Path
 
 
 def versions(names):
-    found = {}
+    found: dict[str, str | None] = {}
     for name in names:
         try:
             found[name] = metadata.version(name)
@@ -73,7 +75,7 @@ def port_problem(port):
             probe.bind(("", port))
             return ""
         except OSError as error:
-            return os.strerror(error.errno)
+            return os.strerror(error.errno or 0)
 
 
 def own_address():
