@@ -150,6 +150,13 @@ class FakeHosts:
     def kill(self, node: int, pid: int, number: int = signal.SIGKILL) -> None:
         self.run(node, ["kill", f"-{int(number)}", str(pid)])
 
+    def end(self, node: int, started: subprocess.Popen[str], *parts: str) -> None:
+        """Kills what `popen` started: inside, too, where nsenter has a child."""
+        for pid in self.pids(node, *parts):
+            self.kill(node, pid)
+        started.kill()
+        started.wait()
+
     def link(self, node: int, state: str) -> None:
         """`down` cuts the host's cable at the bridge, `up` plugs it in."""
         _ip("-n", self.bridge, "link", "set", self.hosts[node].veth, state)

@@ -70,8 +70,7 @@ def test_several_things_wrong_at_once(cluster: Cluster) -> None:
         env = {"GLOO_SOCKET_IFNAME": ""}
         done = doctor(cluster, **env)
     finally:
-        busy.kill()
-        busy.wait()
+        hosts.end(0, busy, "s.listen()")
         hosts.run(1, ["umount", "/etc/hosts"])
         hosts.run(1, ["umount", str(private)])
     assert done.returncode == 3

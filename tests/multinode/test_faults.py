@@ -66,9 +66,7 @@ def running(cluster: Cluster, name: str, *flags: str) -> Iterator[Running]:
     try:
         yield made
     finally:
-        if made.driver.poll() is None:
-            made.driver.kill()
-            made.driver.wait()
+        cluster.hosts.end(0, made.driver, "train.py")
         cluster.hosts.wait_empty(30)
 
 
@@ -135,6 +133,20 @@ def test_a_killed_launcher_leaves_nobody(cluster: Cluster, victim: str) -> None:
     else:
         assert code == 1
         assert "step 1 failed" in error
+
+
+@pytest.mark.timeout(240)
+def test_told_to_stop_all_ranks_save(cluster: Cluster) -> None:
+    """Issue 5 on two hosts: SIGTERM to the driver reaches every rank, and they save together."""
+    with running(cluster, "stopped") as run:
+        run.until(run.trains)
+        found = cluster.hosts.processes(0)
+        (pid,) = [p for p, text in found.items() if "train.py" in text and "guard" not in text]
+        cluster.hosts.kill(0, pid, signal.SIGTERM)
+        code, _ = run.ended()
+    assert code == 128 + signal.SIGTERM, run.text()[-2000:]
+    assert "is saved at" in run.text()
+    assert [path for path in (run.step / "resume").iterdir() if path.is_dir()]
 
 
 @pytest.mark.timeout(240)

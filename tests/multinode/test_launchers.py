@@ -95,7 +95,7 @@ def test_started_by_hand_on_each_node(cluster: Cluster) -> None:
         check(cluster, name, on_first(cluster, commands[0]))
         assert second.wait(60) == 0, log.read_text()[-3000:]
     finally:
-        second.kill()
+        cluster.hosts.end(1, second, "train.py")
     step = cluster.root / name / "step1_sft"
     assert {path.name for path in step.glob("command*.sh")} == {"command.sh", "command.node1.sh"}
     assert (step / "logs" / "console.node1.log").is_file()
