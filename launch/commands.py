@@ -11,7 +11,14 @@ def _doctor(argv: Sequence[str]) -> int:
     return doctor.main(argv)
 
 
+def _example(argv: Sequence[str]) -> int:
+    from launch import examples
+
+    return examples.main(argv)
+
+
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
+    "example": _example,
 }
