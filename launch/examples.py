@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in EXAMPLES:
         raise ConfigError(
             f"rlhf example {' '.join(argv[:1])}: name one of {', '.join(EXAMPLES)}, then the flags "
-            "of train.py, e.g. `rlhf example kubernetes --num-nodes 2 --num-gpus 8 --actor-model 1.3b`"
+            "of train.py, e.g. `rlhf example kubernetes --num-nodes 2 --num-gpus 8`"
         )
     print(EXAMPLES[argv[0]](list(argv[1:])), end="")
     return 0

@@ -36,8 +36,8 @@ def test_kubernetes_shape() -> None:
     assert "resources" not in container  # CPU
 
 
-@pytest.mark.parametrize(("code", "seconds"), [(0, 0), (3, 0)])
-def test_lsf_starts_each_host_once(tmp_path: Path, code: int, seconds: int) -> None:
+@pytest.mark.parametrize("code", [0, 3])
+def test_lsf_starts_each_host_once(tmp_path: Path, code: int) -> None:
     """Every host once, in order, with its number and one address; a failure is the job's."""
     (tmp_path / "hosts").write_text("a\na\nb\nb\n")
     fake = tmp_path / "blaunch"
@@ -56,10 +56,11 @@ def test_lsf_starts_each_host_once(tmp_path: Path, code: int, seconds: int) -> N
     done = subprocess.run(["bash"], input=script, text=True, env=env, capture_output=True)
     assert done.returncode == code, done.stderr
     started = sorted((tmp_path / "log").read_text().splitlines())
-    assert started[0] == "a 0 a 20005"
     assert code or started == ["a 0 a 20005", "b 1 a 20005"]
     argv = (tmp_path / "log.argv").read_text()
-    assert "--node-rank 0 --master-addr a --master-port 20005" in argv
+    numbers = (0, 1) if code == 0 else ()  # a failure may end the other before it says anything
+    for number in numbers:
+        assert f"--node-rank {number} --master-addr a --master-port 20005" in argv
 
 
 def test_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
