@@ -46,10 +46,16 @@ class FakeEngine:
             statistics=(0.0, 1.0), normalize=lambda x: x, parameters=lambda: [self.weight]
         )
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, *rest: Any, token_loss: Any = None
+    ) -> Any:
         shape = torch.linspace(-2, -1, ids.numel()).view(ids.shape) * self.weight
         if self.kind == "scalar":
             return shape
+        token_loss = token_loss or (rest[3] if len(rest) > 3 else None)
+        if token_loss is not None:
+            rows = shape[rest[0]]
+            return token_loss(rows, rows.detach().abs(), slice(0, len(rows))), None
         counted = shape * rest[0]
         return counted, counted.detach().abs() if len(rest) > 2 and rest[2] else None
 
