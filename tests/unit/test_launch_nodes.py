@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from launch.checks import refuse
 from launch.forward import check_forward, deepspeed_may_see, env_file, forwarded, is_allowed
 from launch.hostcheck import host_checks
 from launch.launchers import build_spec
-from launch.nodes import prepared, private_file
+from launch.nodes import prepared, private_file, with_variables
 from launch.options import parse_options
 from launch.plan import Plan, make_plan
 from launch.sizes import parameters, planned_bytes
@@ -143,8 +146,6 @@ def test_the_heartbeat_reaches_the_ranks(hostfile: Path, tmp_path: Path, flags: 
     """Whichever way a launcher passes variables on; the files are there for the launch only."""
     spec = spec_of(hostfile, *flags)
     if spec.nodes and spec.nodes.files:
-        from dataclasses import replace
-
         files = {str(tmp_path / "job.sbatch"): text for text in spec.nodes.files.values()}
         spec = replace(spec, nodes=replace(spec.nodes, files=files))
     with prepared(spec, tmp_path, 1.0) as (ready, heart):
@@ -160,6 +161,41 @@ def test_the_heartbeat_reaches_the_ranks(hostfile: Path, tmp_path: Path, flags: 
         else:
             assert any("RLHF_HEARTBEAT=60" in place for place in places)
     assert (tmp_path / "driver.beat").read_text() == "ended"
+
+
+@pytest.mark.parametrize("flags", LAUNCHERS)
+def test_what_is_found_out_later_reaches_the_ranks(
+    hostfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """HF_HUB_OFFLINE from the hub check by every way; settings with a secret by none that shows."""
+    sent: list[Any] = []
+
+    @contextlib.contextmanager
+    def delivered(hosts: Any, values: Any) -> Iterator[str]:
+        sent.append(values)
+        yield "/dev/shm/x/env"
+
+    monkeypatch.setattr("launch.nodes.delivered", delivered)
+    hidden = json.dumps({"config.data.path": ["https://u:hf_planted@m/rows"]})
+    spec = with_variables(spec_of(hostfile, *flags), {"HF_HUB_OFFLINE": "1"})
+    assert spec.nodes is not None
+    files = {str(tmp_path / "job.sbatch"): text for text in spec.nodes.files.values()}
+    spec = replace(
+        spec,
+        env={**spec.env, "RLHF_HIDDEN_SETTINGS": hidden},
+        nodes=replace(spec.nodes, files=files),
+    )
+    with prepared(spec, tmp_path, 1.0) as (ready, _):
+        assert ready.nodes is not None
+        shown = json.dumps([ready.argv, ready.nodes.env_file, ready.nodes.files])
+    assert "hf_planted" not in shown
+    if spec.nodes.over_ssh:
+        assert sent == [{"RLHF_HIDDEN_SETTINGS": hidden}]
+        assert "/dev/shm/x/env" in shown or "-x RLHF_FORWARDED" in shown
+    else:
+        assert ready.env["RLHF_HIDDEN_SETTINGS"] == hidden  # srun and sbatch take it by name
+        assert flags == ["launch.node_launcher=slurm"] or ready.argv[-1] == "RLHF_HIDDEN_SETTINGS"
+    assert "HF_HUB_OFFLINE" in shown or flags == ["launch.node_launcher=slurm"]
 
 
 def test_slurms_script() -> None:
