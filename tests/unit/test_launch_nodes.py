@@ -353,6 +353,28 @@ def test_a_driver_ends_a_step_that_lost_a_rank(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("rank*"))
 
 
+def test_a_full_disk_is_no_lost_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life go on, by the files' times, where nothing can be written."""
+    heart = heartbeat.Heartbeat(tmp_path, 3.0, 5.0)
+    write(tmp_path / "rank1.alive", {"rank": 1, "host": "far", "count": 7, "ended": False})
+    line = Lifeline(tmp_path, 1, {})
+    line._sign()
+    heart.start()
+    before = [(tmp_path / name).stat().st_mtime_ns for name in ("driver.beat", "rank1.alive")]
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    line._sign()
+    time.sleep(2.5)
+    after = [(tmp_path / name).stat().st_mtime_ns for name in ("driver.beat", "rank1.alive")]
+    assert all(late > early for early, late in zip(before, after, strict=True))
+    monkeypatch.undo()
+    heart.end()
+    assert not heart.lost
+
+
 def test_stop_reaches_the_ranks_before_their_launcher(tmp_path: Path) -> None:
     """Issue 5: told to stop, a rank gets SIGTERM through the heartbeat; the launcher is spared."""
     ended = threading.Event()
