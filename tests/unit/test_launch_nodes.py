@@ -20,6 +20,7 @@ import pytest
 
 from launch import accelerate, heartbeat, ranks, slurm, slurm_job
 from launch.checks import refuse
+from launch.devices import place
 from launch.forward import check_forward, deepspeed_may_see, env_file, forwarded, is_allowed
 from launch.hostcheck import host_checks
 from launch.launchers import build_spec
@@ -51,8 +52,6 @@ def hostfile(tmp_path: Path) -> Path:
 
 
 def spec_of(hostfile: Path, *overrides: str) -> LaunchSpec:
-    from launch.devices import place
-
     flags = [f"launch.hostfile={hostfile}", "launch.deployment_type=multi_node", *overrides]
     config = load_config(None, parse_overrides(flags))
     environ = {**SECRETS, **PLAIN, **OTHER}
@@ -253,6 +252,21 @@ def test_slurm_job_ends_as_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert done.returncode == code, done.stderr
         assert "the job's words" in done.stdout
         assert (tmp_path / "log").read_text().strip() == "--parsable --export=HF_TOKEN /x.sbatch"
+
+
+def test_devices_that_a_launcher_cannot_choose(hostfile: Path) -> None:
+    """Y3: a filter is honoured or refused, never dropped."""
+    chosen = "launch.include=a:1@b:1"
+    for launcher in ("torchrun", "accelerate", "slurm"):
+        with pytest.raises(ConfigError, match="takes the first devices of every node"):
+            spec_of(hostfile, f"launch.launcher={launcher}", chosen)
+    assert "--include=a:1@b:1" in spec_of(hostfile, chosen).argv
+    with pytest.raises(ConfigError, match="uses every slot of the hostfile"):
+        spec_of(hostfile, "launch.node_launcher=openmpi", chosen)
+    flags = ["launch.deployment_type=multi_node", "launch.launcher=slurm", "launch.num_nodes=2"]
+    with pytest.raises(ConfigError, match="no hostfile to choose from"):
+        place(load_config(None, parse_overrides([*flags, chosen])).launch)
+    assert place(load_config(None, parse_overrides(flags)).launch).world_size == 2
 
 
 def test_accelerate(tmp_path: Path) -> None:
