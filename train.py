@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch import execute
+from launch.commands import COMMANDS
 from launch.options import Options, parse_options
 from launch.plan import Plan, describe, make_plan, plan_json
 from launch.preflight import preflight
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Plan, preflight, then launch and verify each step asked for."""
+    """Plan, preflight, then launch and verify each step asked for; or a subcommand."""
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     options = parse_options(argv)
     if options.print_config or options.json_schema:
         print(json_schema() if options.json_schema else config_yaml(options.config))
