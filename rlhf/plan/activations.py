@@ -51,11 +51,15 @@ OUTSIDE = 3.0
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward: `rows` of `width` tokens, `counted` of them in each row with a loss."""
+    """One forward: `rows` of `width` tokens, `counted` of them in each row with a loss.
+
+    `padded` rows differ in length: a mask of width x width is then made for each layer.
+    """
 
     rows: int
     width: int
     counted: int
+    padded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -70,7 +74,6 @@ def saved_bytes(
     lora: LoraConfig | None = None,
     checkpointing: bool = False,
     dropout: bool = False,
-    padded: bool = False,
     fused_attention: bool = True,
 ) -> float:
     """Bytes kept from forward to backward.
@@ -78,11 +81,10 @@ def saved_bytes(
     Args:
         size: bytes of an element.
         dropout: the model's own dropout is on (steps 1 and 2).
-        padded: some rows are shorter, so a mask of width x width is made for each layer.
         fused_attention: attention dropout needs no tensor of width x width (GPU kernels).
     """
     lora = lora or LoraConfig()
-    layer = _layer(shape, batch, size, lora, dropout, padded, fused_attention)
+    layer = _layer(shape, batch, size, lora, dropout, fused_attention)
     trained = adapted_layers(shape, lora) if lora.rank else shape.layers
     if not checkpointing:
         return trained * layer + OUTSIDE * batch.tokens * shape.hidden * size
@@ -96,7 +98,6 @@ def _layer(
     size: int,
     lora: LoraConfig,
     dropout: bool,
-    padded: bool,
     fused_attention: bool,
 ) -> float:
     saved = SAVED[shape.family]
@@ -113,7 +114,7 @@ def _layer(
     eager = saved.eager * shape.heads
     if dropout and shape.attention_dropout and not fused_attention:
         eager += 3 * shape.heads
-    return batch.tokens * width * size + square * (eager + (1 if padded else 0))
+    return batch.tokens * width * size + square * (eager + (1 if batch.padded else 0))
 
 
 def forward_bytes(shape: ModelShape, batch: Batch, size: int) -> float:
