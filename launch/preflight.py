@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from launch.hub import check_hub
+from launch.memory import check_memory
 from launch.plan import Plan
 from rlhf.config.names import is_hub_dataset, is_hub_model, is_path_like
 from rlhf.config.schema import EngineConfig, RunConfig
@@ -34,7 +35,13 @@ def preflight(plan: Plan) -> tuple[dict[str, str], list[str]]:
     check_disk(plan.run.path, models)
     offline, line = check_hub(models, config.data.path, config.hub.endpoint, config.hub.offline)
     env = {"HF_HUB_OFFLINE": "1"} if offline else {}
-    return env, [line] if line else []
+    warnings = [
+        warning
+        for item in plan.steps
+        if not item.done and item.needs is not None
+        for warning in check_memory(item.needs, plan.machine, config.launch.check_memory)
+    ]
+    return env, [*([line] if line else []), *warnings]
 
 
 def needed_models(plan: Plan) -> list[str]:

@@ -15,7 +15,7 @@ from rlhf.plan.shapes import ModelShape
 
 # What a process holds on a CPU besides tensors once it trains, over its size after the imports:
 # allocator, thread and kernel buffers. Measured: `python -m benchmarks.plan --baseline`.
-CPU_FRAMEWORK = 100e6
+CPU_FRAMEWORK = 85e6
 CPU_FRAMEWORK_ZERO = 50e6  # more, with ZeRO 1-3
 CPU_IMPORTS = 450e6  # after the imports: python, torch, deepspeed, transformers, datasets
 # CUDA context, cuBLAS and NCCL buffers. A common figure; not measured here.
