@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.gate import base_models
-from launch.memory import cpu_machine, this_machine
+from launch.memory import this_machine
 from launch.options import Options, normalize_flags, parse_options
-from rlhf.config.load import with_values
-from rlhf.config.resolve import resolve_step
+from rlhf.config.load import flatten, with_values
+from rlhf.config.resolve import BATCH_KEYS, resolve_step
+from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
 from rlhf.plan import report, scaling
 from rlhf.plan.advise import Machine
@@ -93,9 +94,19 @@ def plan_reports(
     run_dir = Path(config.output_dir) / config.name
     reports = []
     for step in options.steps:
+        config = divisible(config, step, world)
         resolved = resolve_step(config, step, run_dir=run_dir, world_size=world)
         reports.append(report.plan_step(resolved.config, step, shapes, machine))
     return reports, {"actor": actor, "reward": reward}
+
+
+def divisible(config: RunConfig, step: int, world: int) -> RunConfig:
+    """Batches raised to a multiple of the ranks: what a run on so many would have to ask for."""
+    key = BATCH_KEYS[step][0]
+    value = flatten(config.model_dump())[key]
+    if value % world == 0:
+        return config
+    return with_values(config, {key: -(-value // world) * world})
 
 
 def _asked(flags: Any) -> Machine:
@@ -111,7 +122,7 @@ def _describe(
 ) -> str:
     ranks = machine.ranks
     what = "CPU process(es)" if ranks.on_cpu else f"GPU(s), {ranks.per_node} a node"
-    speeds = "this machine's cores" if ranks.on_cpu else flags.gpu
+    speeds = "this machine's cores" if ranks.on_cpu else f"the speeds of {flags.gpu}"
     found = [
         f"plan     actor {names['actor']}, reward {names['reward']}",
         f"machine  {ranks.world} {what}; times assume {speeds} (docs/scaling.md)",
@@ -120,6 +131,3 @@ def _describe(
         first, *more = [*report.lines(item, machine), report.time_line(item)]
         found += [f"step {item.step}   {first}", *(f"         {line}" for line in more)]
     return "\n".join(found)
-
-
-__all__ = ["cpu_machine", "main", "parse", "parser", "plan_reports"]

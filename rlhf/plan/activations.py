@@ -31,19 +31,21 @@ class Saved:
     """Fewer of them under adapters, where the norms' weights are frozen."""
     eager: int = 0
     """Tensors of rows x heads x width x width."""
+    eager_16: int = 0
+    """As many, where the model runs in 16 bits: softmax computes in fp32."""
 
 
 SAVED: dict[str, Saved] = {
     "llama": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
     "mistral": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
     "qwen2": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
-    "qwen3": Saved(6, 4, 4, 4, hidden_16=2, query_kv_16=1, frozen=2),
+    "qwen3": Saved(6, 4, 4, 4, hidden_16=2, query_kv_16=1, frozen=4),
     "gemma": Saved(6, 2, 2, 4, hidden_16=4, frozen=2),
-    "gemma2": Saved(14, 2, 2, 4, hidden_16=12, frozen=4, eager=2),
+    "gemma2": Saved(10, 2, 2, 4, hidden_16=8, frozen=4, eager=2, eager_16=4),
     "opt": Saved(4, 2, 2, 1),
     "gpt2": Saved(4, 2, 2, 5),
     "gpt_neox": Saved(6, 2, 2, 2),
-    "bloom": Saved(10, 2, 2, 1, hidden_16=4, eager=1),
+    "bloom": Saved(8, 2, 2, 1, eager=1, eager_16=3),
 }
 # Outside the layers: embedding output, final norm.
 OUTSIDE = 3.0
@@ -111,7 +113,7 @@ def _layer(
     width += (saved.query + extra) * shape.query_width + (saved.kv + extra) * shape.kv_width
     width += lora.rank * len(adapted_linears(shape, lora))
     square = batch.rows * batch.width**2 * size
-    eager = saved.eager * shape.heads
+    eager = (saved.eager_16 if narrow else saved.eager) * shape.heads
     if dropout and shape.attention_dropout and not fused_attention:
         eager += 3 * shape.heads
     return batch.tokens * width * size + square * (eager + (1 if batch.padded else 0))

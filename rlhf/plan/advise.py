@@ -88,17 +88,23 @@ def fastest(
     return min(fitting, key=lambda c: (_seconds(config, step, shapes, machine, c), len(c)))
 
 
+def most_sparing(config: RunConfig, step: int, machine: Machine) -> tuple[Change, ...]:
+    """All that could be changed to save memory, each kind at its strongest."""
+    return _strongest(list(possible(config, step, machine)))
+
+
 def apply(config: RunConfig, changes: Iterable[Change]) -> RunConfig:
-    """A copy with the changes' settings."""
-    changed = config.model_copy(deep=True)
+    """A copy with the changes' settings; they are our own, so they are not checked again."""
     for change in changes:
         for key, value in change.values.items():
-            section: Any = changed
-            *parents, name = key.split(".")
-            for parent in parents:
-                section = getattr(section, parent)
-            setattr(section, name, value)
-    return changed
+            config = _changed(config, key.split("."), value)
+    return config
+
+
+def _changed(section: Any, path: Sequence[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _changed(getattr(section, path[0]), path[1:], value)
+    return section.model_copy(update={path[0]: value})
 
 
 def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]:

@@ -20,6 +20,10 @@ class Speeds:
     """Bytes per second that a rank sends to ranks of its node."""
     between: float
     """Bytes per second that a rank sends to other nodes."""
+    host: float = 20e9
+    """Bytes per second between a device and RAM, one way."""
+    host_memory: float = 20e9
+    """Bytes per second of RAM that a rank's share of DeepSpeed's CPU optimiser reaches."""
 
 
 @dataclass(frozen=True)

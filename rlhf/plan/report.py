@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.schema import RunConfig
-from rlhf.plan.advise import HEADROOM, Change, Machine, advise, apply, fits, time_with
+from rlhf.plan.advise import Change, Machine, advise, apply, fits, most_sparing, time_with
 from rlhf.plan.memory import Shapes, StepMemory, step_memory, summary
 from rlhf.plan.time import StepTime
 
@@ -22,6 +22,7 @@ class StepReport:
     changes: tuple[Change, ...] | None = ()
     """What makes it fit; None: nothing that the planner knows of."""
     after: StepMemory | None = None
+    """With those changes; or, where nothing makes it fit, with everything that saves memory."""
 
     @property
     def step(self) -> int:
@@ -35,9 +36,8 @@ def plan_step(config: RunConfig, step: int, shapes: Shapes, machine: Machine) ->
     if fits(memory, machine):
         return StepReport(memory, time, True)
     changes = advise(config, step, shapes, machine)
-    after = None
-    if changes:
-        after = step_memory(apply(config, changes), step, shapes, machine.ranks)
+    tried = most_sparing(config, step, machine) if changes is None else changes
+    after = step_memory(apply(config, tried), step, shapes, machine.ranks)
     return StepReport(memory, time, False, changes, after)
 
 
@@ -55,8 +55,18 @@ def lines(report: StepReport, machine: Machine) -> list[str]:
 
 
 def _remedy(report: StepReport) -> str:
-    if not report.changes or report.after is None:
-        return "no change that the planner knows makes it fit: more or larger devices, or a smaller model"
+    assert report.after is not None  # it did not fit, so something was tried
+    if not report.changes:
+        worst = report.after.moments[report.after.worst].named()
+        most = max(worst, key=lambda name: worst[name])
+        reason = "" if report.after.worst not in ("generate", "verdict") else (
+            ": a rank that generates holds the whole policy"
+        )
+        return (
+            f"nothing makes it fit: with all that saves memory {size(report.after.peak)} are left "
+            f"({report.after.worst}: {most} {size(worst[most])}{reason}). "
+            "Use larger devices or a smaller model"
+        )
     words = ", ".join(change.words for change in report.changes)
     keys = " ".join(settings(report.changes))
     return f"cheapest change that fits: {words} -> {size(report.after.peak)} ({keys})"
@@ -74,6 +84,7 @@ def time_line(report: StepReport) -> str:
     """Seconds of one iteration, and where they go."""
     time = report.time
     shares = {"compute": time.compute, "generate": time.generate, "send": time.send}
+    shares["offload"] = time.offload
     named = ", ".join(f"{name} {seconds(value)}" for name, value in shares.items() if value)
     return (
         f"time   {seconds(time.seconds)} per iteration of {time.rows} rows ({named}); "
@@ -96,6 +107,7 @@ def as_json(report: StepReport) -> dict[str, Any]:
             "compute_seconds": time.compute,
             "generate_seconds": time.generate,
             "send_seconds": time.send,
+            "offload_seconds": time.offload,
             "sent_bytes": round(time.sent),
             "rows": time.rows,
         },
@@ -132,5 +144,3 @@ def _rounded(parts: Mapping[str, float]) -> dict[str, int]:
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
-
-__all__ = ["HEADROOM", "StepReport", "as_json", "hopeless", "lines", "plan_step", "time_line"]

@@ -91,7 +91,7 @@ def tables(speeds: Speeds) -> str:
     """One Markdown table."""
     lines = [
         "| model | GPUs | settings | peak per GPU | RAM per GPU | s/iteration | compute, "
-        "generate, send | hours | published |",
+        "generate, send, offload | hours | published |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, reward in MODELS:
@@ -106,10 +106,10 @@ def _line(row: Row) -> str:
     said = f"{published:g}" if published else ""
     if row.changes is None or row.memory is None or row.time is None or row.hours is None:
         return f"| {name} | {row.gpus} | does not fit | | | | | | {said} |"
-    words = ", ".join(change.words for change in row.changes) or "ZeRO 1"
+    words = ", ".join(change.words for change in row.changes) or "the defaults"
     time = row.time
     shares = " ".join(f"{part / time.seconds:.0%}" for part in
-                      (time.compute, time.generate, time.send))  # fmt: skip
+                      (time.compute, time.generate, time.send, time.offload))  # fmt: skip
     return (
         f"| {name} | {row.gpus} | {words} | {size(row.memory.peak)} | "
         f"{size(row.memory.host) if row.memory.host > 1e6 else ''} | {time.seconds:.3g} | {shares} | "

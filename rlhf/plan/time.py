@@ -17,6 +17,7 @@ from rlhf.config.resolve import accumulation
 from rlhf.config.schema import RunConfig
 from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
+from rlhf.plan.lora import adapter_parameters
 from rlhf.plan.memory import Ranks, Role, Shapes, make_role, ppo_roles
 from rlhf.plan.shapes import ModelShape
 
@@ -31,7 +32,9 @@ class StepTime:
     generate: float
     """Seconds of it in generation."""
     send: float
-    """Seconds of it in communication."""
+    """Seconds of it in communication between ranks."""
+    offload: float
+    """Seconds of it between the device and RAM, and in the optimiser there."""
     sent: float
     """Bytes that a rank sends."""
     rows: int
@@ -63,11 +66,23 @@ def sent_per_step(role: Role, world: int, passes: int) -> float:
     return share * trained * per_stage[stage]
 
 
+def offload_seconds(role: Role, world: int, passes: int, speeds: Speeds) -> float:
+    """Of one optimiser step with the optimiser in RAM: gradients go down, weights come up, AdamW
+    reads and writes 28 bytes a parameter; at ZeRO-3 the shards come up twice a pass too."""
+    if role.engine.offload == "none" or effective_stage(role.engine, role.dtype) == 0:
+        return 0.0
+    share = (_trained(role, world) if role.trains else 0.0) / world
+    moved = 2.0 * role.size * share
+    if effective_stage(role.engine, role.dtype, role.trains) == 3:
+        moved += (2.0 if role.trains else 1.0) * passes * role.whole / world
+    return moved / speeds.host + 28.0 * share / speeds.host_memory
+
+
 def _trained(role: Role, world: int) -> float:
     if not role.model.lora.rank:
         return role.whole / role.size
-    stage = effective_stage(role.engine, role.dtype)
-    return role.bytes.resident.optimizer * (world / 12 if stage else 1 / 8)
+    adapters = adapter_parameters(role.shape, role.model.lora)
+    return float(adapters + (role.shape.embed_dim if role.scalar else 0))
 
 
 def step_time(
@@ -87,8 +102,11 @@ def step_time(
     rows = section.train.batch_size
     tokens = rows * width * (2 if scalar else 1) / ranks.world
     compute = training_flops(role, tokens, width) / speeds.flops
-    sent = sent_per_step(role, ranks.world, accumulation(config, step, ranks.world))
-    return StepTime(compute + sent / wire, compute, 0.0, sent / wire, sent, rows)
+    passes = accumulation(config, step, ranks.world)
+    sent = sent_per_step(role, ranks.world, passes)
+    offload = 0.0 if ranks.on_cpu else offload_seconds(role, ranks.world, passes, speeds)
+    total = compute + sent / wire + offload
+    return StepTime(total, compute, 0.0, sent / wire, offload, sent, rows)
 
 
 def _ppo_time(
@@ -97,12 +115,12 @@ def _ppo_time(
     rl = config.step3
     roles = ppo_roles(config, shapes, ranks)
     prompt = rl.rollout.max_prompt_length or config.step1.max_prompt_length
-    answer, width = rl.rollout.max_new_tokens, 0
+    answer = rl.rollout.max_new_tokens
     width = prompt + answer
     answers = rl.rollout.prompts * rl.rollout.samples_per_prompt
     mine = max(answers // ranks.world, 1)
     passes = max(1, -(-mine // rl.micro_batch_size))
-    compute, sent = 0.0, 0.0
+    compute, sent, offload = 0.0, 0.0, 0.0
     for role in roles.values():
         forward = forward_flops(role.shape, mine * width, width, head=not role.scalar)
         compute += forward / speeds.flops  # act 2: each model reads the answers
@@ -113,6 +131,9 @@ def _ppo_time(
             steps = rl.ppo.epochs * rl.ppo.minibatches
             each = -(-passes // rl.ppo.minibatches)
             sent += steps * sent_per_step(role, ranks.world, each)
+            offload += steps * offload_seconds(role, ranks.world, each, speeds)
+        else:
+            offload += offload_seconds(role, ranks.world, passes, speeds)
     actor = roles["actor"]
     if effective_stage(actor.engine, actor.dtype) == 3:
         sent += actor.whole * (ranks.world - 1) / ranks.world  # gathered once for generation
@@ -120,7 +141,9 @@ def _ppo_time(
         actor, speeds, mine, min(rl.rollout.batch_size, mine), prompt, answer
     )
     send = sent / wire
-    return StepTime(compute + generate + send, compute, generate, send, sent, answers)
+    offload = 0.0 if ranks.on_cpu else offload
+    total = compute + generate + send + offload
+    return StepTime(total, compute, generate, send, offload, sent, answers)
 
 
 def generation_seconds(
