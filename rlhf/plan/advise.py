@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.config.resolve import accumulation
 from rlhf.config.schema import RunConfig
+from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
 from rlhf.plan.memory import Ranks, Shapes, StepMemory, dtype_of, step_memory
 from rlhf.plan.time import StepTime, step_time
@@ -111,7 +112,7 @@ def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]
     """Single changes that save memory; at most one of each kind is used."""
     world, on_cpu = machine.ranks.world, machine.ranks.on_cpu
     yield from _smaller_batches(config, step, world)
-    yield from _more_zero(config, step, world)
+    yield from _more_zero(config, step, world, on_cpu)
     models = _models(config, step)
     plain = [name for name, model in models.items() if not model.gradient_checkpointing]
     if plain:
@@ -139,11 +140,21 @@ def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]
         yield Change("lora", "LoRA r=16", {f"{n}.lora.rank": 16 for n in whole}, METHOD)
 
 
+def rows_per_step(config: RunConfig, step: int) -> int:
+    """Rows of one optimiser step over all ranks."""
+    rl = config.step3
+    if step == 3:
+        return rl.rollout.prompts * rl.rollout.samples_per_prompt // rl.ppo.minibatches
+    return (config.step1 if step == 1 else config.step2).train.batch_size
+
+
 def _smaller_batches(config: RunConfig, step: int, world: int) -> Iterator[Change]:
     key = "step3.micro_batch_size" if step == 3 else f"step{step}.train.micro_batch_size"
-    size = config.step3.micro_batch_size
+    # A micro-batch is never larger than a rank's share of an optimiser step.
+    rows, size = rows_per_step(config, step), config.step3.micro_batch_size
     if step < 3:
         size = (config.step1 if step == 1 else config.step2).train.micro_batch_size
+    size = min(size, max(rows // world, 1))
     while size > 1:
         size //= 2
         values = {key: size}
@@ -159,12 +170,18 @@ def _smaller_batches(config: RunConfig, step: int, world: int) -> Iterator[Chang
                      {"step3.rollout.batch_size": rows})  # fmt: skip
 
 
-def _more_zero(config: RunConfig, step: int, world: int) -> Iterator[Change]:
+def _more_zero(config: RunConfig, step: int, world: int, on_cpu: bool) -> Iterator[Change]:
     if world == 1:
         return
     engines = _engines(config, step)
+    running = {
+        name: effective_stage(engine, dtype_of(model, on_cpu))
+        for (name, engine), model in zip(
+            engines.items(), _models(config, step).values(), strict=True
+        )
+    }
     for stage in (1, 2, 3):
-        lower = {name: engine for name, engine in engines.items() if engine.zero_stage < stage}
+        lower = {name: engine for name, engine in engines.items() if running[name] < stage}
         if step < 3 and lower:
             yield Change("zero", f"ZeRO {stage}", {f"step{step}.engine.zero_stage": stage})
         if step < 3 or not lower:

@@ -38,6 +38,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
         "max_position_embeddings": of("context_length"),
         "vocab_size": of("vocab_size") or values.get("tokenizer.ggml.tokens"),
         "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": "float32",  # what it is converted to (rlhf/models/spec.py)
     }
     renamed = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_positions":
                "max_position_embeddings", "n_head": "num_attention_heads", "n_inner":

@@ -185,7 +185,8 @@ def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> d
     passes = accumulation(config, step, ranks.world)
     batch = Batch(sides * min(section.train.micro_batch_size, share), width, counted)
     resident = role.bytes.resident
-    moments = {
+    moments = {"load": _loading([role], ranks)}
+    moments |= {
         name: resident + parts
         for name, parts in _training(role, batch, ranks, passes=passes, dropout=True).items()
     }
@@ -193,6 +194,19 @@ def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> d
     moments["evaluate"] = resident + _reading(role, held_out)
     moments["publish"] = resident + Parts(host=role.whole)
     return moments
+
+
+def _loading(roles: list[Role], ranks: Ranks) -> Parts:
+    """While the last of the models is read: on a CPU the file's pages are there beside the weights,
+    unless they are the weights; for a GPU each rank reads the whole model into RAM first."""
+    last, held = roles[-1], Parts()
+    for role in roles[:-1]:
+        held += role.bytes.resident
+    parameters = last.whole / last.size
+    if not ranks.on_cpu:
+        return held + Parts(host=0.0 if last.engine.zero_stage == 3 else last.whole)
+    file = 0.0 if last.size == last.shape.stored else last.shape.stored * parameters
+    return held + Parts(weights=last.bytes.resident.weights + file)
 
 
 def _reading(role: Role, batch: Batch) -> Parts:
@@ -239,7 +253,10 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     in_minibatch = max(rows // rl.ppo.minibatches, 1)
     passes = -(-in_minibatch // rl.micro_batch_size)
     batch = Batch(min(rl.micro_batch_size, in_minibatch), prompt + answer, answer, padded=True)
-    moments = {"generate": resident + generation(actor, rl, rows, prompt)}
+    moments = {
+        "load": _loading(list(roles.values()), ranks),
+        "generate": resident + generation(actor, rl, rows, prompt),
+    }
     for name, role in roles.items():
         moments[f"score with {name}"] = resident + _reading(role, batch)
         if role.trains:

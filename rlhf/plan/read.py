@@ -51,7 +51,8 @@ def read_config(name: str) -> dict[str, Any]:
 def tiny_config(family: str) -> dict[str, Any]:
     """The configuration of `tiny:FAMILY`."""
     size = TINY
-    common = {"model_type": family, "vocab_size": TINY_VOCAB, "tie_word_embeddings": True}
+    common = {"model_type": family, "vocab_size": TINY_VOCAB, "tie_word_embeddings": True,
+              "dtype": "float32"}  # fmt: skip
     two_matrices = size["mlp"] * 3 // 2
     if family == "gpt2":
         own: dict[str, Any] = {

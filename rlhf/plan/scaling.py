@@ -26,6 +26,10 @@ MODELS = (
     ("facebook/opt-66b", "facebook/opt-350m"),
     ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"),
 )
+HEAD = (
+    "| model | GPUs | settings | peak per GPU | RAM per GPU | s/iteration | "
+    "compute, generate, send, offload | hours | published |"
+)
 # Hours of DeepSpeed-Chat's step 3 on A100-80G, from its announcement (tables 1 and 2).
 PUBLISHED = {
     ("facebook/opt-6.7b", 8): 4.1,
@@ -89,18 +93,15 @@ def plan_row(model: str, reward: str, gpus: int, speeds: Speeds) -> Row:
 
 def tables(speeds: Speeds) -> str:
     """One Markdown table."""
-    lines = [
-        "| model | GPUs | settings | peak per GPU | RAM per GPU | s/iteration | compute, "
-        "generate, send, offload | hours | published |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [HEAD, "|---" * HEAD.count(" | ") + "|---|"]
     for model, reward in MODELS:
         for gpus in GPU_COUNTS:
-            lines.append(_line(plan_row(model, reward, gpus, speeds)))
+            lines.append(line(plan_row(model, reward, gpus, speeds)))
     return "\n".join(lines)
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """A row of the table."""
     name = row.model.split("/")[-1]
     published = PUBLISHED.get((row.model, row.gpus))
     said = f"{published:g}" if published else ""

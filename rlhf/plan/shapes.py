@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.errors import ConfigError
@@ -50,6 +50,8 @@ class ModelShape:
     """Longest row, where the family has a table or states a limit."""
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    stored: int = 2
+    """Bytes of an element in the model's files."""
 
     @property
     def embedding(self) -> int:
@@ -105,8 +107,9 @@ def shape_of(config: Config, name: str = "the model") -> ModelShape:
             f"{name}: the planner does not know the model type {family!r}; it knows "
             f"{', '.join(sorted(FAMILIES))}"
         )
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float16")
     try:
-        return build(config)
+        return replace(build(config), stored=4 if stored.endswith("float32") else 2)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{name}: its config.json lacks or garbles a size of a {family} model: {error}"
