@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch import plan_command
 from launch.options import RECIPES, parse_options, parser
 from rlhf.config.keys import lookup, sections
 from rlhf.config.load import load_config, parse_overrides
@@ -104,7 +105,7 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def flags() -> set[str]:
-    return set(parser()._option_string_actions)
+    return {*parser()._option_string_actions, *plan_command.parser()._option_string_actions}
 
 
 EVERY_COMMAND = [(page, command) for page in PAGES for command in commands(page)]
@@ -137,7 +138,9 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 
 
 def check_driver(argv: list[str]) -> None:
-    if "--help" not in argv:
+    if argv[:1] == ["plan"]:
+        plan_command.parse(argv[1:])
+    elif "--help" not in argv:
         # Raises ConfigError for a flag, setting, value or recipe that does not exist.
         parse_options(argv, environ={})
 
