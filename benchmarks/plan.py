@@ -170,9 +170,7 @@ def measure(case: Case, place: Path, extra: dict[str, str]) -> float:
     if any(codes):
         logs = "\n".join((place / f"rank{r}.log").read_text()[-3000:] for r in range(case.ranks))
         raise SystemExit(f"{case.name}: the ranks ended with {codes}\n{logs}")
-    return max(
-        float((place / f"peak{rank}.json").read_text()) for rank in range(case.ranks)
-    )
+    return max(float((place / f"peak{rank}.json").read_text()) for rank in range(case.ranks))
 
 
 def run_rank(step: str, where: str) -> None:

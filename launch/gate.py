@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.options import Options
 from rlhf.config.load import flatten
 from rlhf.config.names import absolute_if_local, is_path_like
-from rlhf.config.resolve import section_of
+from rlhf.config.resolve import decisive, section_of
 from rlhf.config.schema import ResolvedStep
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
-from rlhf.store import MANIFEST, Manifest, jsonable, read_manifest, verify
+from rlhf.redact import redact_tree
+from rlhf.store import MANIFEST, Manifest, RunDir, jsonable, read_json, read_manifest, verify
+from rlhf.store.checkpoints import differences, newest, refusal
 
 KINDS = {1: "sft", 2: "reward", 3: "ppo"}
 STEP_NAMES = {1: "SFT", 2: "reward model", 3: "PPO"}
 _MADE_BY = {"sft": 1, "reward": 2}
+RECOVERY = "recovery.json"
 _MODEL_FLAG = {"sft": "--actor-model", "reward": "--reward-model"}
 
 
@@ -35,6 +38,8 @@ class Parent:
     """Fingerprint of its tokenizer, from its manifest."""
     here: bool = False
     """Made by this same command."""
+    descends_from: str | None = None
+    """For a reward model of this run: the id of the SFT model that it was trained from."""
     note: str = ""
 
 
@@ -48,6 +53,7 @@ def find_parents(options: Options, step: int, done: Mapping[int, Manifest | None
     parents = [parent for parent in found if parent is not None]
     if step == 3:
         check_tokenizers(*parents)
+        check_descent(*parents)
     return parents
 
 
@@ -58,6 +64,18 @@ def check_tokenizers(sft: Parent, reward: Parent) -> None:
             f"step 3: the reward artifact {reward.path} was trained with tokenizer "
             f"{reward.tokenizer[:8]}, the actor's ({sft.path}) is {sft.tokenizer[:8]}: retrain "
             "step 2 on this actor's tokenizer (--step 2 --force), or pass another --reward-model"
+        )
+
+
+def check_descent(sft: Parent, reward: Parent) -> None:
+    """Raises ArtifactError if one of this run's two models was replaced after the other was made,
+    be it by another run's artifact that verifies by itself."""
+    if sft.id and reward.descends_from and reward.descends_from != sft.id:
+        raise ArtifactError(
+            f"step 3: the reward artifact {reward.path} was trained from SFT model "
+            f"{reward.descends_from[:12]}, but {sft.path} is {sft.id[:12]}: one of them was made "
+            "again or is another run's. Make step 2 again (--step 2 3), or start a run with "
+            "models of your own (--name, --actor-model, --reward-model)"
         )
 
 
@@ -100,10 +118,12 @@ def _from_run(options: Options, step: int, name: str, flag: str | None) -> Paren
             f"or, to use a model of your own, start a new run (--name) with {_MODEL_FLAG[name]}"
         ) from error
     note = ""
+    above = manifest.parents.get("sft")
     base = flatten(manifest.config).get(f"step{maker}.model.name")
     if flag and flag != base:
         note = f"{_MODEL_FLAG[name]} {flag} is not used: step {maker}'s artifact (from {base}) is"
-    return _own(name, path, manifest, note)
+    found = _own(name, path, manifest, note)
+    return replace(found, descends_from=above.id if above and name == "reward" else None)
 
 
 def _own(name: str, path: Path, manifest: Manifest, note: str = "") -> Parent:
@@ -172,13 +192,50 @@ def already_done(
         if was is None or was.id != parent.id or (parent.id is None and was.path != parent.path):
             return None, f"its {parent.name} parent is another one now"
     before = flatten(section_of(manifest.config, step))
-    now = flatten(section_of(jsonable(resolved.config), step))
+    now = flatten(section_of(redact_tree(jsonable(resolved.config)), step))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         shown = [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:3]]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return None, f"settings changed: {', '.join(shown)}{more}"
     return manifest, ""
+
+
+def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) -> str:
+    """The checkpoint that the step goes on from; "" if there is none.
+
+    Raises ConfigError if it was made with other settings, parents or processes. That it is whole
+    is proven by the step itself.
+    """
+    found = newest(options.run.resume(resolved.step))
+    if found is None:
+        return ""
+    place, record = found
+    fatal, changed = differences(
+        record,
+        settings=redact_tree(decisive(jsonable(resolved.config), resolved.step)),
+        parents={parent.name: parent.id or parent.path for parent in parents},
+        world_size=resolved.world_size,
+    )
+    fatal += [f"step {_MADE_BY[p.name]} runs again first" for p in parents if p.here]
+    if resolved.config.checkpoint.resume == "always":
+        changed = []
+    if problem := refusal(place, fatal, changed):
+        raise ConfigError(problem)
+    return f"{place.name} (saved {record.created})"
+
+
+def recovery_scale(run: RunDir, step: int) -> float:
+    """What learning rates are multiplied by since the step diverged; 1 if it did not."""
+    place = run.resume(step) / RECOVERY
+    if not place.exists():
+        return 1.0
+    try:
+        return float(read_json(place)["learning_rate_scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{place}: damaged; delete it, or start the step again: --resume never"
+        ) from error
 
 
 def base_models(options: Options) -> dict[str, Any]:

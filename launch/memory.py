@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -51,15 +52,11 @@ def cpu_machine(world: int, per_node: int, threads: int | None = None) -> Machin
 def node_memory() -> float | None:
     """Bytes of RAM that processes here may use in all: the machine's, or its cgroup's limit."""
     found = []
-    try:
+    with contextlib.suppress(OSError, IndexError, ValueError):  # not Linux: not known
         words = MEMINFO.read_text().split("MemTotal:")[1].split()
         found.append(float(words[0]) * 1024)
-    except (OSError, IndexError, ValueError):
-        pass  # not Linux: the limit is not known
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
         found.append(float(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):
-        pass  # no such file, or `max`: no limit
     return min(found) if found else None
 
 

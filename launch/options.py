@@ -26,6 +26,10 @@ DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "--deployment-type": ("launch.deployment_type",),
     "--launcher": ("launch.launcher",),
+    "--node-launcher": ("launch.node_launcher",),
+    "--launcher-args": ("launch.launcher_args",),
+    "--accelerate-config": ("launch.accelerate_config",),
+    "--accelerator": ("launch.accelerator",),
     "--num-gpus": ("launch.num_gpus",),
     "--master-port": ("launch.master_port",),
     "--hostfile": ("launch.hostfile",),
@@ -34,6 +38,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "--master-addr": ("launch.master_addr",),
     "--include": ("launch.include",),
     "--exclude": ("launch.exclude",),
+    "--forward": ("launch.forward",),
+    "--preflight": ("launch.preflight",),
     "--actor-zero-stage": ("step1.engine.zero_stage", "step3.actor.engine.zero_stage"),
     "--reward-zero-stage": ("step2.engine.zero_stage", "step3.critic.engine.zero_stage"),
     "--hf-endpoint": ("hub.endpoint",),
@@ -41,7 +47,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "--output-dir": ("output_dir",),
     "--name": ("name",),
     "--seed": ("seed",),
+    "--resume": ("checkpoint.resume",),
+    "--save-every": ("checkpoint.save_every",),
+    "--save-minutes": ("checkpoint.save_minutes",),
+    "--keep-last": ("checkpoint.keep_last",),
+    "--max-restarts": ("launch.max_restarts",),
+    "--auto-batch": ("launch.auto_batch",),
 }
+_LISTS = ("--data-path", "--forward")  # flags that take several values
 _NOT_REPEATED = ("--dry-run", "--json", "--force", "--print-config", "--json-schema")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
 
@@ -98,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; "
         "--print-config shows them all. "
         "Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement is "
-        "missing, 130 interrupted.",
+        "missing, 130 interrupted, 143 terminated.",
     )
     add = made.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N",
@@ -111,7 +124,10 @@ def parser() -> argparse.ArgumentParser:
         help="base of step 2; without step 2, the reward model of step 3")  # fmt: skip
     for flag, keys in SETTINGS.items():
         text = leaves()[keys[0]].doc.replace("%", "%%")
-        nargs = "+" if flag == "--data-path" else None
+        if leaves()[keys[0]].is_flag:
+            add(flag, action="store_const", const="true", help=text)
+            continue
+        nargs = "+" if flag in _LISTS else None
         add(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
     add("--dry-run", action="store_true", help="print the plan and the command lines, then stop")
     add("--json", action="store_true", help="with --dry-run: the plan as JSON")
@@ -179,7 +195,8 @@ def split_overrides(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-_TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"} - {"--data-path"}
+_TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"}
+_TAKES_ONE -= {*_LISTS, "--auto-batch"}
 
 
 def flag_values(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:

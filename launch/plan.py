@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.devices import place
-from launch.environment import child_environment
-from launch.gate import STEP_NAMES, Parent, already_done, base_models, find_parents
-from launch.launchers import LAUNCHERS
+from launch.gate import (
+    STEP_NAMES,
+    Parent,
+    already_done,
+    base_models,
+    find_parents,
+    recovery_scale,
+    unfinished,
+)
+from launch.launchers import build_spec
 from launch.memory import describe as describe_memory
 from launch.memory import machine_of, step_report
 from launch.options import Options
@@ -41,6 +47,10 @@ class StepPlan:
     manifest: Manifest | None = None
     reason: str = ""
     """Why it runs again although there is an artifact."""
+    fresh: bool = False
+    """It starts from its beginning, whatever checkpoints there are."""
+    saved: str = ""
+    """The checkpoint that it goes on from."""
     needs: StepReport | None = None
     """Its memory and time; None: not planned, for the reason in `not_planned`."""
     not_planned: str = ""
@@ -58,6 +68,12 @@ class Plan:
     placement: Placement
     machine: Machine
     steps: list[StepPlan] = field(default_factory=list)
+
+    @property
+    def role(self) -> str:
+        """Empty for the driver that keeps the run's records; else which node's driver this is."""
+        follows = self.placement.by_hand and self.placement.node_rank
+        return f"node{self.placement.node_rank}" if follows else ""
 
 
 def make_plan(options: Options) -> Plan:
@@ -84,10 +100,13 @@ def make_plan(options: Options) -> Plan:
         )
         manifest, reason = already_done(options, resolved, parents)
         done[step] = manifest
+        fresh = options.force or config.checkpoint.resume == "never"
+        saved = "" if fresh or manifest is not None else unfinished(options, resolved, parents)
+        resolved.learning_rate_scale = 1.0 if fresh else recovery_scale(options.run, step)
         spec = launch_spec(resolved, placement, options.run)
         needs, why_not = step_report(resolved, machine, bases)
         steps.append(
-            StepPlan(step, resolved, spec, parents, manifest, reason, needs, why_not)
+            StepPlan(step, resolved, spec, parents, manifest, reason, fresh, saved, needs, why_not)
         )
     return Plan(options.run, config, options.recipe, placement, machine, steps)
 
@@ -96,9 +115,7 @@ def launch_spec(resolved: ResolvedStep, placement: Placement, run: RunDir) -> La
     """The command that starts the step's processes."""
     script = PROJECT_ROOT / STEP_DIRS[resolved.step] / "main.py"
     arguments = ["--config", str(run.resolved(resolved.step))]
-    launcher = LAUNCHERS[resolved.config.launch.launcher]
-    env, unset = child_environment(resolved.config, placement)
-    return LaunchSpec(launcher(script, arguments, placement), env, os.getcwd(), unset)
+    return build_spec(resolved.config, script, arguments, placement)
 
 
 def describe(plan: Plan) -> str:
@@ -128,6 +145,8 @@ def describe_step(item: StepPlan, machine: Machine) -> list[str]:
     lines = [head]
     if item.reason:
         lines.append(f"         again: {item.reason}")
+    if item.saved:
+        lines.append(f"         goes on from {item.saved}")
     lines += [f"         {parent.note}" for parent in item.parents if parent.note]
     lines += [f"         {line}" for line in describe_inherited(resolved)]
     lines.append(f"         {_batches(resolved)}")
@@ -193,6 +212,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "name": STEP_DIRS[item.step],
                 "action": "skip" if item.done else "run",
                 "reason": item.reason,
+                "goes_on_from": item.saved,
                 "parents": item.resolved.parents,
                 "notes": [parent.note for parent in item.parents if parent.note],
                 "inherited": describe_inherited(item.resolved),

@@ -56,14 +56,16 @@ def main(argv: Sequence[str]) -> int:
     if flags.scaling:
         print(scaling.tables(gpu_speeds(flags.gpu, parse_bytes(flags.node_bandwidth))))
         return 0
-    assert options is not None
+    assert options is not None  # only --scaling has none
     if flags.gpus is None:
         machine, world = this_machine(options.config.launch)
     else:
         machine, world = _asked(flags), flags.gpus
     reports, names = plan_reports(options, machine, world)
     if flags.json:
-        print(json.dumps({"models": names, "steps": [report.as_json(r) for r in reports]}, indent=2))
+        print(
+            json.dumps({"models": names, "steps": [report.as_json(r) for r in reports]}, indent=2)
+        )
     else:
         print(_describe(reports, names, machine, flags))
     return 0 if all(r.fits for r in reports) else 1

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 
 from rlhf import data, models, track
-from rlhf.algo.losses import cross_entropy_sum
+from rlhf.algo.losses import cross_entropy_sum, sum_of_nll
 from rlhf.data.batches import SFTBatch
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.harness import StepRun, run_step
+from rlhf.resume import Keeper
 
 
 def main(run: StepRun) -> None:
@@ -46,21 +47,12 @@ def main(run: StepRun) -> None:
         rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):
-        plans = [
-            data.plan_batches(
-                data.row_lengths(rows["train"].dataset),
-                batch_size=settings.train.batch_size,
-                micro_batch_size=settings.train.micro_batch_size,
-                rank=run.rank,
-                world_size=world,
-                seed=run.config.seed,
-                epoch=epoch,
-            )
-            for epoch in range(settings.train.epochs)
-        ]
+        plans = _plans(run, rows["train"].dataset, world)
         total = sum(len(plan) for plan in plans)
         total = min(total, settings.train.max_steps or total)
         engine = TrainEngine(model, settings.engine, settings.optim, dtype=dtype, total_steps=total)
+        keeper = Keeper(run, {"model": engine}, data_fingerprint=rows["train"].fingerprint)
+        state = keeper.restore()
         with (
             track.open_tracker(
                 run.config.track,
@@ -68,11 +60,13 @@ def main(run: StepRun) -> None:
                 step=1,
                 rank=run.rank,
                 config=run.config.model_dump(mode="json"),
+                keep_bytes=keeper.metrics_bytes,
+                done=state.get("step", 0),
             ) as tracker,
-            track.progress(total, "SFT", run.rank) as bar,
+            track.progress(total, "SFT", run.rank, initial=state.get("step", 0)) as bar,
         ):
             evaluation = train(
-                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar
+                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar, keeper, state
             )
 
     with run.phase("publish"):
@@ -91,6 +85,25 @@ def main(run: StepRun) -> None:
             tokenizer_fingerprint=models.fingerprint(tokenizer),
         )
     comm.barrier()
+
+
+def _plans(run: StepRun, dataset: Any, world: int) -> list[list[list[list[int]]]]:
+    """Epoch -> optimiser step -> this rank's micro-batches of row numbers."""
+    settings = run.config.step1
+    return [
+        data.plan_batches(
+            data.row_lengths(dataset),
+            batch_size=settings.train.batch_size,
+            micro_batch_size=data.Budget(
+                settings.train.micro_batch_size, settings.train.micro_batch_tokens
+            ),
+            rank=run.rank,
+            world_size=world,
+            seed=run.config.seed,
+            epoch=epoch,
+        )
+        for epoch in range(settings.train.epochs)
+    ]
 
 
 def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
@@ -120,31 +133,40 @@ def train(
     pad_id: int,
     tracker: Any,
     bar: Any,
+    keeper: Keeper,
+    state: dict[str, Any],
 ) -> dict[str, float]:
-    """All epochs; returns the last evaluation."""
+    """All epochs, or what is left of them after `state`; returns the last evaluation."""
     settings = run.config.step1
     dataset = rows["train"].dataset
-    step, evaluation = 0, {}
-    for epoch, plan in enumerate(plans):
-        for micro_batches in plan[: total - step]:
-            batches = [
-                data.collate_sft(
-                    dataset.select(index).to_list(), pad_id, prompt_loss=settings.prompt_loss
-                ).to(engine.device)
-                for index in micro_batches
-            ]
-            stats = sft_step(engine, batches)
-            step += 1
-            bar.update(1, loss=stats["loss"])
-            if step % settings.train.log_every == 0 or step == total:
-                tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
-            if settings.train.eval_every and step % settings.train.eval_every == 0:
-                tracker.log(_named(evaluate(run, engine, rows["eval"].dataset, pad_id)), step)
-        evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
-        tracker.log(_named(evaluation), step)
-        bar.write(f"epoch {epoch + 1}: held-out perplexity {evaluation['perplexity']:.3f}")
-        if step >= total:
-            break
+    steps = [
+        (epoch, index, len(plan)) for epoch, plan in enumerate(plans) for index in range(len(plan))
+    ]
+    done, evaluation = state.get("step", 0), state.get("evaluation", {})
+    for step, (epoch, index, in_epoch) in enumerate(steps[done:total], done + 1):
+        batches = [
+            data.collate_sft(
+                dataset.select(indices).to_list(), pad_id, prompt_loss=settings.prompt_loss
+            ).to(engine.device)
+            for indices in plans[epoch][index]
+        ]
+        stats = sft_step(engine, batches)
+        bar.update(1, loss=stats["loss"])
+        if step % settings.train.log_every == 0 or step == total:
+            tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
+        every = settings.train.eval_every
+        ends_epoch = index == in_epoch - 1 or step == total
+        if ends_epoch or (every and step % every == 0):
+            evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
+            tracker.log(_named(evaluation), step)
+        if ends_epoch:
+            bar.write(f"epoch {epoch + 1}: held-out perplexity {evaluation['perplexity']:.3f}")
+        keeper.after(
+            step,
+            {"step": step, "evaluation": evaluation},
+            metrics_bytes=tracker.metrics_bytes,
+            last=step == total,
+        )
     return evaluation
 
 
@@ -156,7 +178,9 @@ def sft_step(engine: TrainEngine, batches: list[SFTBatch]) -> dict[str, float]:
 
     def loss_of(batch: SFTBatch) -> torch.Tensor:
         nonlocal total
-        loss, _ = _nll(engine, batch)
+        loss, _ = engine(
+            batch.input_ids, batch.attention_mask, _counted(batch), token_loss=sum_of_nll
+        )
         total += float(loss.detach())
         return loss / max(tokens, 1.0)
 
@@ -172,10 +196,15 @@ def sft_step(engine: TrainEngine, batches: list[SFTBatch]) -> dict[str, float]:
 
 
 def _nll(engine: Any, batch: SFTBatch) -> tuple[torch.Tensor, Any]:
-    mask = batch.labels != data.IGNORED
-    mask[:, 0] = False  # nothing predicts the first token
+    mask = _counted(batch)
     log_probs, _ = engine(batch.input_ids, batch.attention_mask, mask)
     return cross_entropy_sum(log_probs, mask)
+
+
+def _counted(batch: SFTBatch) -> torch.Tensor:
+    mask = batch.labels != data.IGNORED
+    mask[:, 0] = False  # nothing predicts the first token
+    return mask
 
 
 def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> dict[str, float]:

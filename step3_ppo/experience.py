@@ -14,6 +14,7 @@ from rlhf.algo.kl import KLController
 from rlhf.algo.rewards import missing_eos, normalize_and_clip_scores, token_rewards
 from rlhf.config.schema import PPOConfig, RolloutConfig
 from rlhf.data.batches import PromptBatch
+from rlhf.data.plan import Budget
 from rlhf.engine import comm
 from rlhf.models import last_values
 from rlhf.rollout import RolloutRequest, SamplingConfig
@@ -54,7 +55,7 @@ def answer_scores(engine: Any, rollout: Rollout) -> Tensor:
     return last_values(engine(rollout.input_ids, rollout.attention_mask), rollout.attention_mask)
 
 
-def score(roles: Roles, rollout: Rollout, temperature: float, size: int) -> Rollout:
+def score(roles: Roles, rollout: Rollout, temperature: float, size: int | Budget) -> Rollout:
     """2. Reward, reference log-probs, old log-probs and old values, without gradients.
 
     Old log-probs come from the rollout where it computed them as the update does: in fp32. In

@@ -132,9 +132,7 @@ def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]
                 yield Change("zero", f"ZeRO {stage} with optimiser offload to RAM", values)
     wide = [name for name, model in models.items() if dtype_of(model, on_cpu) == "float32"]
     if wide:
-        yield Change(
-            "dtype", "bfloat16", {f"{name}.dtype": "bfloat16" for name in wide}, ROUNDING
-        )
+        yield Change("dtype", "bfloat16", {f"{name}.dtype": "bfloat16" for name in wide}, ROUNDING)
     whole = [name for name, model in models.items() if not model.lora.rank]
     if whole:
         yield Change("lora", "LoRA r=16", {f"{n}.lora.rank": 16 for n in whole}, METHOD)

@@ -185,9 +185,7 @@ def _stage_3(
     live = size * float(min(total, tuned["stage3_max_live_parameters"])) if world > 1 else 0.0
     gathered = Parts(communication=live)
     bucket = Parts(communication=size * float(2 * hidden * hidden), gradients=size * float(largest))
-    resident = Parts(
-        weights=size * total / world, optimizer=12.0 * share, gradients=4.0 * share
-    )
+    resident = Parts(weights=size * total / world, optimizer=12.0 * share, gradients=4.0 * share)
     return EngineBytes(
         resident=resident,
         forward=gathered,
@@ -218,7 +216,7 @@ def _offloaded(
     if engine.offload == "nvme":
         moved = 0.0
     buffer = Parts(gradients=size * float(largest)) if trained else Parts()
-    drop = lambda parts: replace(parts, gradients=0.0) + buffer  # noqa: E731
+    drop = lambda parts: replace(parts, gradients=0.0) + buffer
     return EngineBytes(
         resident=Parts(weights=weights, host=moved),
         forward=made.forward,

@@ -183,7 +183,11 @@ def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> d
     sides = 2 if scalar else 1
     share = -(-section.train.batch_size // ranks.world)
     passes = accumulation(config, step, ranks.world)
-    batch = Batch(sides * min(section.train.micro_batch_size, share), width, counted)
+    train = section.train
+    rows = _within(train.micro_batch_tokens, min(train.micro_batch_size, share), sides * width)
+    if rows < min(train.micro_batch_size, share):
+        passes = max(passes, -(-share // rows))
+    batch = Batch(sides * rows, width, counted)
     resident = role.bytes.resident
     moments = {"load": _loading([role], ranks)}
     moments |= {
@@ -194,6 +198,11 @@ def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> d
     moments["evaluate"] = resident + _reading(role, held_out)
     moments["publish"] = resident + Parts(host=role.whole)
     return moments
+
+
+def _within(tokens: int | None, rows: int, width: int) -> int:
+    """Rows of full length in a micro-batch of at most so many tokens; always one."""
+    return rows if tokens is None else max(1, min(rows, tokens // width))
 
 
 def _loading(roles: list[Role], ranks: Ranks) -> Parts:
@@ -252,7 +261,11 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     rows = max(rl.rollout.prompts // ranks.world, 1) * rl.rollout.samples_per_prompt
     in_minibatch = max(rows // rl.ppo.minibatches, 1)
     passes = -(-in_minibatch // rl.micro_batch_size)
-    batch = Batch(min(rl.micro_batch_size, in_minibatch), prompt + answer, answer, padded=True)
+    together = _within(
+        rl.micro_batch_tokens, min(rl.micro_batch_size, in_minibatch), prompt + answer
+    )
+    passes = max(passes, -(-in_minibatch // together))
+    batch = Batch(together, prompt + answer, answer, padded=True)
     moments = {
         "load": _loading(list(roles.values()), ranks),
         "generate": resident + generation(actor, rl, rows, prompt),

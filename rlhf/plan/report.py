@@ -59,8 +59,10 @@ def _remedy(report: StepReport) -> str:
     if not report.changes:
         worst = report.after.moments[report.after.worst].named()
         most = max(worst, key=lambda name: worst[name])
-        reason = "" if report.after.worst not in ("generate", "verdict") else (
-            ": a rank that generates holds the whole policy"
+        reason = (
+            ""
+            if report.after.worst not in ("generate", "verdict")
+            else (": a rank that generates holds the whole policy")
         )
         return (
             f"nothing makes it fit: with all that saves memory {size(report.after.peak)} are left "
@@ -143,4 +145,3 @@ def _rounded(parts: Mapping[str, float]) -> dict[str, int]:
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-

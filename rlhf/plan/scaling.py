@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md: what models need on 1 to 512 GPUs, and how long step 3 takes.
 
 The work is DeepSpeed-Chat's, so that its published hours can stand beside ours: one epoch over
-131 900 prompts of 256 tokens with answers of 256 tokens, 1 024 of them per iteration, one PPO epoch.
+131 900 prompts of 256 tokens with answers of 256 tokens, 1024 of them per iteration, one epoch.
 """
 
 from __future__ import annotations
@@ -107,12 +107,13 @@ def line(row: Row) -> str:
     said = f"{published:g}" if published else ""
     if row.changes is None or row.memory is None or row.time is None or row.hours is None:
         return f"| {name} | {row.gpus} | does not fit | | | | | | {said} |"
+    beside = size(row.memory.host) if row.memory.host > 1e6 else ""
     words = ", ".join(change.words for change in row.changes) or "the defaults"
     time = row.time
     shares = " ".join(f"{part / time.seconds:.0%}" for part in
                       (time.compute, time.generate, time.send, time.offload))  # fmt: skip
     return (
         f"| {name} | {row.gpus} | {words} | {size(row.memory.peak)} | "
-        f"{size(row.memory.host) if row.memory.host > 1e6 else ''} | {time.seconds:.3g} | {shares} | "
+        f"{beside} | {time.seconds:.3g} | {shares} | "
         f"{row.hours:.3g} | {said} |"
     )

@@ -49,7 +49,7 @@ def forward_flops(shape: ModelShape, tokens: float, width: float, *, head: bool 
 
 
 def training_flops(role: Role, tokens: float, width: float) -> float:
-    """FLOPs of forward and backward; adapters save the products for the frozen weights' gradient."""
+    """FLOPs of forward and backward; adapters save the frozen weights' gradients."""
     forward = forward_flops(role.shape, tokens, width, head=not role.scalar)
     times = 2.0 if role.model.lora.rank else 3.0
     return forward * (times + (1.0 if role.model.gradient_checkpointing else 0.0))

@@ -8,7 +8,6 @@ alone, so batch size and company do not change what is sampled.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.rollout import RolloutEngine, RolloutRequest, SamplingConfig
 from torch import Tensor
-from transformers import DynamicCache
 
 from rlhf.errors import ConfigError, UserError
-from rlhf.rollout.attention import lean_attention
+from rlhf.rollout.forward import Forward, ModuleForward, forward_of
 from rlhf.rollout.generation import (
     Generation,
     assemble,
-    base_model,
     causal_lm,
     check_fits,
     evaluating,
@@ -36,8 +33,6 @@ from rlhf.rollout.sampling import choose
 from rlhf.rollout.slab import Slab
 from rlhf.rollout.stopping import StopStrings
 
-# Spare columns for rows that join late; live columns are moved once in so many steps.
-_SPARE_COLUMNS = 64
 # Waiting prompts join when this share of the slots is free: prefills of one row cost too much.
 _REFILL_SHARE = 8
 
@@ -63,6 +58,7 @@ class ContinuousRollout(RolloutEngine):
         gather: makes a context that is entered once per generate, e.g. to gather ZeRO-3
             parameters.
         lockstep: every rank calls forward equally often (ZeRO-3 without `gather`).
+        lean: use packed weights and our own forward where they serve; False: the model's own.
     """
 
     name = "continuous"
@@ -78,6 +74,7 @@ class ContinuousRollout(RolloutEngine):
         rank: int = 0,
         gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
         lockstep: bool = False,
+        lean: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"rollout batch_size {batch_size} must be at least 1")
@@ -87,6 +84,7 @@ class ContinuousRollout(RolloutEngine):
         self.stop = StopStrings(tokenizer, stop)
         self.gather = gather
         self.lockstep = lockstep
+        self.lean = lean
         self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
         self.stats = RolloutStats()
 
@@ -101,8 +99,12 @@ class ContinuousRollout(RolloutEngine):
         """
         model = causal_lm(self.engine.module)
         run = _Run(self, model, request, sampling)
-        with self.gather(), evaluating(self.engine.module), lean_attention(model):
-            while run.turn():
+        with (
+            self.gather(),
+            evaluating(self.engine.module),
+            forward_of(model, lean=self.lean, whole=not self.lockstep) as forward,
+        ):
+            while run.turn(forward):
                 pass
         self.stats = run.stats
         return run.result()
@@ -130,12 +132,10 @@ class _Run:
         sampling: SamplingConfig,
     ) -> None:
         self.owner, self.request, self.sampling = owner, request, sampling
-        self.forward = _Forward(model)
         self.stats = RolloutStats()
         self.samples, self.limit = sampling.n_samples_per_prompt, sampling.max_new_tokens
         self.lengths = prompt_lengths(request)
-        self.longest = int(self.lengths.max())
-        check_fits(model, self.longest, self.limit)
+        check_fits(model, int(self.lengths.max()), self.limit)
 
         device = request.prompt_ids.device
         order = self.lengths.argsort(descending=True, stable=True)
@@ -157,21 +157,22 @@ class _Run:
         draws = torch.rand(total, self.limit, dtype=torch.float64, generator=owner.generator)
         self.uniform = draws.to(device)
 
-    def turn(self) -> bool:
+    def turn(self, forward: Forward) -> bool:
         """One forward; False when there is nothing left to do, on any rank if in lockstep."""
         busy = self.live > 0 or len(self.waiting) > 0
         if self.owner.lockstep and not _any_rank(busy, self.state.device):
             return False
         if not busy:
             if self.owner.lockstep:
-                self.forward.idle(self.state.device)
+                assert isinstance(forward, ModuleForward)
+                forward.idle(self.state.device)
                 self.stats.idle += 1
             return self.owner.lockstep
         joining = self._joining()
         if joining:
-            self._prefill(joining)
+            self._prefill(forward, joining)
         else:
-            self._decode()
+            self._decode(forward)
         return True
 
     def result(self) -> Generation:
@@ -197,21 +198,18 @@ class _Run:
         enough = min(max(self.slots // _REFILL_SHARE, self.unit), len(self.waiting))
         return take if self.live == 0 or take >= enough else 0
 
-    def _prefill(self, count: int) -> None:
+    def _prefill(self, forward: Forward, count: int) -> None:
         rows, self.waiting = self.waiting[:count], self.waiting[count:]
         prompts, source = torch.unique_consecutive(rows // self.samples, return_inverse=True)
         lengths = self.lengths[prompts]
         width = int(lengths.max())
-        cache = DynamicCache()  # without a config every layer is kept at full length
-        logits = self.forward(
+        layers, logits = forward.prefill(
             self.request.prompt_ids[prompts, -width:],
             self.request.prompt_attention_mask[prompts, -width:].bool(),
-            cache,
         )
         if self.slab is None:
-            spare = min(self.limit, _SPARE_COLUMNS) if len(self.waiting) else 0
-            self.slab = Slab(cache, self.slots, self.longest + self.limit + spare)
-        self.slab.append(cache, source, lengths[source])
+            self.slab = Slab(layers, self.slots)
+        self.slab.append(layers, source, lengths[source])
         self.stats.prefills += 1
         self.stats.prefilled_rows += len(prompts)
 
@@ -220,11 +218,11 @@ class _Run:
         joined[0], joined[1], joined[3] = rows, 0, lengths[source] - 1
         self._record(first, logits[source])
 
-    def _decode(self) -> None:
+    def _decode(self, forward: Forward) -> None:
         assert self.slab is not None
         self.slab.make_room()
         _, _, tokens, positions = self.state[:, : self.live]
-        logits = self.forward(tokens[:, None], self.slab.mask, self.slab.cache, positions[:, None])
+        logits = forward.decode(tokens, positions, self.slab)
         self.slab.step()
         self.stats.decodes += 1
         self.stats.decoded_rows += self.live
@@ -267,40 +265,6 @@ class _Run:
         self.state[:, holes] = self.state[:, movers]
         self.slab.retire(holes, movers, remaining)
         self.live = remaining
-
-
-class _Forward:
-    """Calls the model for the logits of the last position."""
-
-    def __init__(self, model: Any) -> None:
-        base = base_model(model)
-        if getattr(base, "_is_stateful", False):
-            raise ConfigError(
-                f"{type(base).__name__} keeps a recurrent state, which the continuous rollout "
-                "does not support: set rollout.engine to hybrid"
-            )
-        accepted = inspect.signature(base.forward).parameters
-        self._model = model
-        self._positions = "position_ids" in accepted
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-    def __call__(
-        self, ids: Tensor, mask: Tensor, cache: Any, positions: Tensor | None = None
-    ) -> Tensor:
-        """Logits (B, V) after ids (B, T), given mask (B, cached + T)."""
-        options: dict[str, Any] = dict(self._options)
-        if self._positions:
-            if positions is None:
-                positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-            options["position_ids"] = positions
-        output = self._model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options
-        )
-        return output.logits[:, -1]
-
-    def idle(self, device: torch.device) -> None:
-        """The smallest forward, to take part in other ranks' parameter gathering."""
-        self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

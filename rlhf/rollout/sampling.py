@@ -37,30 +37,38 @@ def choose(
     scaled = logits.float()
     if temperature > 0 and temperature != 1.0:
         scaled = scaled / temperature
-    log_probs = torch.log_softmax(scaled, dim=-1)
+    top = scaled.amax(dim=-1, keepdim=True)
+    weights = (scaled - top).exp_()
     if temperature <= 0:
-        tokens = logits.float().argmax(dim=-1)
+        tokens = scaled.argmax(dim=-1)
+        mass = weights.sum(dim=-1)
     elif 0 < top_k < logits.shape[-1] or top_p < 1.0:
-        weights, ids = _filtered(log_probs, top_k, top_p)
-        tokens = ids.gather(1, draw(weights, uniform)[:, None]).squeeze(1)
+        kept, ids = _filtered(scaled, top_k, top_p)
+        tokens = ids.gather(1, draw(kept, uniform)[0][:, None]).squeeze(1)
+        mass = weights.sum(dim=-1)
     else:
-        tokens = draw(log_probs.exp(), uniform)
-    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+        tokens, mass = draw(weights, uniform)
+    # The log-softmax of one token, without one of the whole vocabulary.
+    picked = (scaled.gather(1, tokens[:, None]) - top).squeeze(1)
+    return tokens, picked - mass.log().float()
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Indices (B,) distributed as `weights` (B, K >= 0, not normalised), by inverse CDF."""
+def draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (B,) distributed as `weights` (B, K >= 0, not normalised), by inverse CDF; and the
+    rows' sums (B,) float64."""
     rows, width = weights.shape
     if width <= 2 * BLOCK:
-        return _invert(weights.double(), uniform)[0]
+        index, _, total = _invert(weights.double(), uniform)
+        return index, total
     blocks = F.pad(weights, (0, -width % BLOCK)).view(rows, -1, BLOCK)
-    block, inside = _invert(blocks.sum(dim=-1).double(), uniform)
+    block, inside, total = _invert(blocks.sum(dim=-1).double(), uniform)
     chosen = blocks[torch.arange(rows, device=weights.device), block]
-    return block * BLOCK + _invert(chosen.double(), inside)[0]
+    return block * BLOCK + _invert(chosen.double(), inside)[0], total
 
 
-def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Index (B,) where the running sum passes uniform * total, and how far into it (B,) in [0, 1].
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Index (B,) where the running sum passes uniform * total, how far into it (B,) in [0, 1],
+    and the total (B,).
 
     The target stays below the total, so an index of weight 0 is never returned.
     """
@@ -69,16 +77,16 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(running, target, right=True).clamp_(max=weights.shape[1] - 1)
     weight = weights.gather(1, index)
     inside = 1.0 - (running.gather(1, index) - target) / weight
-    return index.squeeze(1), inside.squeeze(1)
+    return index.squeeze(1), inside.squeeze(1), running[:, -1]
 
 
-def _filtered(log_probs: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def _filtered(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Weights and token ids (B, K), likeliest first; top_k comes before top_p, as in
     transformers' logits processors."""
-    if 0 < top_k < log_probs.shape[-1]:
-        values, ids = log_probs.topk(top_k, dim=-1)
+    if 0 < top_k < logits.shape[-1]:
+        values, ids = logits.topk(top_k, dim=-1)
     else:
-        values, ids = log_probs.sort(dim=-1, descending=True)
+        values, ids = logits.sort(dim=-1, descending=True)
     weights = values.softmax(dim=-1)
     if top_p < 1.0:
         before = weights.cumsum(dim=-1) - weights

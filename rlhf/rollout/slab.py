@@ -1,19 +1,27 @@
-"""A preallocated key/value cache for a changing set of rows, usable as a transformers Cache.
+"""A key/value cache for a changing set of rows, usable as a transformers Cache.
 
 All rows share one write column. A row's tokens lie in consecutive columns that end there, its
 left padding before them is masked, so rows that joined at different times sit side by side: only
-the masked prefix differs. Reads go from the first column that any live row needs. Layers are full
-length; sliding windows come from the mask that transformers builds.
+the masked prefix differs. Layers are full length; sliding windows come from the mask that
+transformers builds.
+
+Columns are added GROW at a time, and those that no live row needs are dropped then: the cache is
+moved once in so many steps, and stays dense. On CPU that matters: products of batches in half
+precision copy an operand that is a slice of a longer one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Columns allocated ahead.
+GROW = 32
+Pairs = Sequence[tuple[Tensor, Tensor]]  # keys and values (B, heads, T, dim) of each layer
 
 
 @dataclass
@@ -23,18 +31,26 @@ class Span:
     rows: int = 0
     start: int = 0
     end: int = 0
+    dense: bool = False  # reads take in all columns that are allocated
+
+    def read(self) -> slice:
+        """The columns that attention reads after a write."""
+        return slice(None) if self.dense else slice(self.start, self.end + 1)
 
 
 class SlabLayer(CacheLayerMixin):
     """One layer: `update` writes at the span's end and returns views, without a copy."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
-    def __init__(self, like: Any, slots: int, columns: int, span: Span) -> None:
+    def __init__(self, pair: tuple[Tensor, Tensor], slots: int, columns: int, span: Span) -> None:
         super().__init__()
         # Zeros: a masked column is multiplied by weight 0, which a stray NaN would survive.
-        self.held = tuple(_zeros(given, slots, columns) for given in _pair(like))
-        self.keys, self.values = self.held
+        self.keys, self.values = (
+            given.new_zeros(slots, given.shape[1], columns, given.shape[3]) for given in pair
+        )
         self.span = span
         self.is_initialized = True
 
@@ -45,11 +61,32 @@ class SlabLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write (rows, heads, 1, dim) states; return everything (rows, heads, length, dim)."""
+        self.write(key_states.squeeze(2), value_states.squeeze(2))
+        rows, start, end = self.span.rows, self.span.start, self.span.end + 1
+        return self.keys[:rows, :, start:end], self.values[:rows, :, start:end]
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """(rows, heads, dim) into the next column."""
+        rows, end = self.span.rows, self.span.end
+        self.keys[:rows, :, end] = keys
+        self.values[:rows, :, end] = values
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (rows * heads, columns, dim), views of what `Slab.bias` describes."""
+        rows, columns = self.span.rows, self.span.read()
+        keys, values = self.keys[:rows].flatten(0, 1), self.values[:rows].flatten(0, 1)
+        return keys[:, columns], values[:, columns]
+
+    def resize(self, slots: int, columns: int) -> None:
+        """The live part moves to the left of new tensors."""
+        self.keys = self._moved(self.keys, slots, columns)
+        self.values = self._moved(self.values, slots, columns)
+
+    def _moved(self, old: Tensor, slots: int, columns: int) -> Tensor:
         rows, start, end = self.span.rows, self.span.start, self.span.end
-        keys, values = self.held
-        keys[:rows, :, end] = key_states.squeeze(2)
-        values[:rows, :, end] = value_states.squeeze(2)
-        return keys[:rows, :, start : end + 1], values[:rows, :, start : end + 1]
+        new = old.new_zeros(slots, old.shape[1], columns, old.shape[3])
+        new[:rows, :, : end - start] = old[:rows, :, start:end]
+        return new
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of what `update` will return."""
@@ -61,20 +98,23 @@ class SlabLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Columns allocated."""
-        return self.held[0].shape[2]
+        return self.keys.shape[2]
 
 
 class Slab:
-    """The cache of all layers with its mask; `slots` rows of `columns` columns."""
+    """The cache of all layers with its mask, for at most `slots` rows."""
 
-    def __init__(self, prefilled: DynamicCache, slots: int, columns: int) -> None:
-        self.span = Span()
-        self.layers = [SlabLayer(like, slots, columns, self.span) for like in prefilled.layers]
+    def __init__(self, prefilled: Pairs, slots: int) -> None:
+        keys = prefilled[0][0]
+        half = keys.dtype in (torch.bfloat16, torch.float16)
+        self.span = Span(dense=half and keys.device.type == "cpu")
+        self._slots = slots
+        columns = keys.shape[2] + GROW
+        self.layers = [SlabLayer(pair, slots, columns, self.span) for pair in prefilled]
         self.cache = Cache(layers=list(self.layers))
-        device = self.layers[0].held[0].device
-        self._column = torch.arange(columns, device=device)
-        self._first = torch.zeros(slots, dtype=torch.long, device=device)
-        self._visible = torch.zeros(slots, columns, dtype=torch.bool, device=device)
+        self._first = torch.zeros(slots, dtype=torch.long, device=keys.device)
+        self._even = False  # all live rows begin at the same column
+        self._see(columns)
 
     @property
     def mask(self) -> Tensor:
@@ -82,16 +122,28 @@ class Slab:
         advance, so it need not grow."""
         return self._visible[: self.span.rows, self.span.start : self.span.end + 1]
 
-    def append(self, prefilled: DynamicCache, source: Tensor, lengths: Tensor) -> None:
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(rows, 1, columns) to add to the next token's scores over `SlabLayer.flat`: 0 where
+        visible, -inf elsewhere; None where all is visible."""
+        span = self.span
+        if self._even and not span.dense:
+            return None
+        visible = self._visible[: span.rows, span.read()]
+        if span.dense:
+            visible = visible & (self._column <= span.end)
+        zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return zeros.masked_fill_(~visible, float("-inf"))[:, None]
+
+    def append(self, prefilled: Pairs, source: Tensor, lengths: Tensor) -> None:
         """Add len(source) rows: row i is a copy of row `source[i]` of a left-padded prefill,
         with `lengths[i]` real tokens. Prompts must not be longer than the live columns."""
-        span, width = self.span, prefilled.get_seq_length()
+        span, width = self.span, prefilled[0][0].shape[2]
         if span.rows == 0:
             span.start, span.end = 0, width
         old, new = span.rows, span.rows + len(source)
-        for layer, filled in zip(self.layers, prefilled.layers, strict=True):
-            for held, given in zip(layer.held, _pair(filled), strict=True):
-                held[old:new, :, span.end - width : span.end] = given[source]
+        for layer, (keys, values) in zip(self.layers, prefilled, strict=True):
+            layer.keys[old:new, :, span.end - width : span.end] = keys[source]
+            layer.values[old:new, :, span.end - width : span.end] = values[source]
         self._first[old:new] = span.end - lengths
         self._visible[old:new] = self._column >= self._first[old:new, None]
         span.rows = new
@@ -102,24 +154,17 @@ class Slab:
         self.span.end += 1
 
     def make_room(self) -> None:
-        """Ensure a free column: when the last is used, move the live columns to the left."""
+        """Ensure a free column."""
         span = self.span
-        if span.end < len(self._column):
-            return
-        rows, width = span.rows, span.end - span.start
-        for layer in self.layers:
-            for held in layer.held:
-                held[:rows, :, :width] = held[:rows, :, span.start : span.end].clone()
-        self._first[:rows] -= span.start
-        self._visible[:rows] = self._column >= self._first[:rows, None]
-        span.start, span.end = 0, width
+        if span.end == len(self._column) or span.start > GROW:
+            self._resize(span.end - span.start + GROW)
 
     def retire(self, holes: Tensor, movers: Tensor, remaining: int) -> None:
         """Keep `remaining` rows: copy the rows `movers` into the rows `holes`, drop the tail."""
         span = self.span
         if len(holes):
             for layer in self.layers:
-                for held in layer.held:
+                for held in (layer.keys, layer.values):
                     live = held[:, :, span.start : span.end]
                     live[holes] = live[movers]
             self._first[holes] = self._first[movers]
@@ -127,14 +172,20 @@ class Slab:
         span.rows = remaining
         self._trim()
 
+    def _resize(self, columns: int) -> None:
+        span = self.span
+        for layer in self.layers:
+            layer.resize(self._slots, columns)
+        self._first -= span.start
+        span.start, span.end = 0, span.end - span.start
+        self._see(columns)
+
+    def _see(self, columns: int) -> None:
+        self._column = torch.arange(columns, device=self._first.device)
+        self._visible = self._column >= self._first[:, None]
+
     def _trim(self) -> None:
         if self.span.rows:
-            self.span.start = int(self._first[: self.span.rows].min())
-
-
-def _pair(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values
-
-
-def _zeros(like: Tensor, slots: int, columns: int) -> Tensor:
-    return like.new_zeros(slots, like.shape[1], columns, like.shape[3])
+            first = self._first[: self.span.rows]
+            self.span.start, last = (int(x) for x in first.aminmax())
+            self._even = last == self.span.start

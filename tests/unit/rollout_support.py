@@ -27,6 +27,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "llama": _ROPE,
     "qwen2": {k: v for k, v in _ROPE.items() if k != "head_dim"},
+    "mistral": _ROPE | {"sliding_window": None},
+    "qwen3": _ROPE,
     "gemma2": _ROPE | _WINDOW,
     "gemma3_text": _ROPE | _WINDOW,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},

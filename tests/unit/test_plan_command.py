@@ -110,9 +110,7 @@ def test_a_model_that_is_not_known_costs_a_line_only(tmp_path: Path) -> None:
     assert plan_json(plan)["steps"][0]["needs"] is None
 
 
-def test_preflight_refuses_what_cannot_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preflight_refuses_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """13B in fp32 in 8 GB: refused with the remedy before anything starts; or, asked to, warned."""
     monkeypatch.setattr("launch.preflight.check_hub", lambda *a: (False, ""))
     argv = ["--actor-model", "facebook/opt-13b"]

@@ -300,3 +300,18 @@ def test_the_average_costs_fp32_weights() -> None:
     with_ema = step_memory(config, 3, Shapes(OPT, OPT), GPU).moments["actor step"]
     without = step_memory(load_config(None), 3, Shapes(OPT, OPT), GPU).moments["actor step"]
     assert with_ema.optimizer - without.optimizer == pytest.approx(4 * OPT.causal, rel=0.001)
+
+
+def test_a_limit_on_tokens_is_a_smaller_micro_batch() -> None:
+    """8 rows of 512 under a limit of 1100 tokens are 2."""
+    limited = load_config(None, {"step1.train.micro_batch_tokens": 1100})
+    two = load_config(None, {"step1.train.micro_batch_size": 2})
+    ours, same = (
+        step_memory(config, 1, Shapes(OPT, OPT), GPU).moments["backward"]
+        for config in (limited, two)
+    )
+    assert ours == same
+    one = load_config(None, {"step3.micro_batch_tokens": 10, "step3.micro_batch_size": 16})
+    single = load_config(None, {"step3.micro_batch_size": 1})
+    at = [step_memory(c, 3, Shapes(OPT, OPT), GPU).moments["actor backward"] for c in (one, single)]
+    assert at[0] == at[1]

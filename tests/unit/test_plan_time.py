@@ -49,7 +49,9 @@ def test_flops_of_a_forward_are_those_that_torch_counts(family: str) -> None:
     shape = shape_of(read.tiny_config(family))
     # The counter takes attention's products over the whole width; ours count the causal half.
     half = 4.0 * shape.layers * shape.query_width * 64 / 2 * 3 * 64
-    assert forward_flops(shape, 3 * 64, 64) + half == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert forward_flops(shape, 3 * 64, 64) + half == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
 
 
 def test_training_is_three_forwards_and_checkpointing_a_fourth() -> None:

@@ -137,7 +137,7 @@ def test_global_random_state_and_training_mode_are_left_alone(name, model):
     attention = model.config._attn_implementation
     before = torch.random.get_rng_state()
     seen = []
-    hook = model.register_forward_pre_hook(lambda *_: seen.append(model.training))
+    hook = model.model.norm.register_forward_pre_hook(lambda *_: seen.append(model.training))
     build_rollout(name, engine, IDS, batch_size=2).generate(prompts(3, 4), SAMPLED)
     hook.remove()
     assert seen

@@ -15,7 +15,7 @@ def test_draw_by_hand():
     """Weights 1, 0, 3: a quarter of the numbers give 0, the rest give 2, none gives 1."""
     weights = torch.tensor([[1.0, 0.0, 3.0]]).expand(5, 3)
     uniform = torch.tensor([0.0, 0.2499, 0.2501, 0.9, 1.0], dtype=torch.float64)
-    assert draw(weights, uniform).tolist() == [0, 0, 2, 2, 2]
+    assert draw(weights, uniform)[0].tolist() == [0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("width", [7, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK])
@@ -26,7 +26,7 @@ def test_draw_follows_the_weights(width):
     weights[0, ::3] = 0
     count = 40_000
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    seen = torch.bincount(draw(weights.expand(count, -1), uniform), minlength=width)
+    seen = torch.bincount(draw(weights.expand(count, -1), uniform)[0], minlength=width)
     expected = weights[0].double() / weights.double().sum() * count
     assert (seen - expected).abs().max() <= 1.05
     assert (seen[::3] == 0).all()
@@ -44,7 +44,8 @@ def test_draw_never_takes_weight_zero(seed, width, u):
     weights = torch.exp(12 * torch.randn(2, width, generator=source))
     weights = torch.where(torch.rand(2, width, generator=source) < 0.5, weights, 0.0)
     weights[:, seed % width] = 1.0
-    picked = draw(weights, torch.full((2,), u, dtype=torch.float64))
+    picked, total = draw(weights, torch.full((2,), u, dtype=torch.float64))
+    assert torch.allclose(total, weights.double().sum(1), rtol=1e-6)
     assert (weights.gather(1, picked[:, None]) > 0).all()
 
 
