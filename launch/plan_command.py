@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gpu-memory", metavar="SIZE", help="e.g. 80GB or 24GiB; default: that GPU's")
     add("--node-memory", metavar="SIZE", help="RAM of a node, for what is offloaded, e.g. 1TB")
     add("--node-bandwidth", metavar="SIZE", default="25GB",
-        help="bytes per second of each GPU's link to other nodes, one way; default 25GB")  # fmt: skip
+        help="bytes a second of each GPU's link to other nodes; default 25GB")  # fmt: skip
     add("--actor", metavar="MODEL", help="as --actor-model")
     add("--reward", metavar="MODEL", help="as --reward-model")
     add("--json", action="store_true", help="bytes and seconds as JSON")

@@ -116,11 +116,11 @@ def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]
     models = _models(config, step)
     plain = [name for name, model in models.items() if not model.gradient_checkpointing]
     if plain:
-        values = {f"{name}.gradient_checkpointing": True for name in plain}
-        yield Change("checkpointing", "gradient checkpointing", values)
+        yield Change("checkpointing", "gradient checkpointing",
+                     {f"{name}.gradient_checkpointing": True for name in plain})  # fmt: skip
     if not on_cpu:
         for stage in (2, 3):
-            values = {}
+            values: dict[str, Any] = {}
             for name, engine in _engines(config, step).items():
                 if engine.offload == "none":
                     values[f"{name}.zero_stage"] = max(stage, engine.zero_stage)

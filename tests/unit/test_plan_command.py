@@ -188,5 +188,5 @@ def test_planning_loads_nothing_heavy() -> None:
 
 def test_the_table_of_commands() -> None:
     assert "plan" in COMMANDS
-    with pytest.raises(ConfigError, match="Did you mean"):
-        train.run(["--pla"])
+    with pytest.raises(ConfigError, match=r"Did you mean --gpu-memory\?|unrecognized"):
+        train.run(["plan", "--gpus", "8", "--gpu-memry", "80GB"])
