@@ -16,6 +16,7 @@ from rlhf.config.schema import PPOConfig, RolloutConfig
 from rlhf.data.batches import PromptBatch
 from rlhf.data.plan import Budget
 from rlhf.engine import comm
+from rlhf.engine.memory import peak_since_last
 from rlhf.models import last_values
 from rlhf.rollout import RolloutRequest, SamplingConfig
 from step3_ppo.roles import Roles
@@ -144,13 +145,16 @@ def credit(
 
 
 class Clock:
-    """Seconds of named phases, the slowest rank's."""
+    """Seconds and peak memory of named phases, this rank's."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+        peak_since_last()
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self.peaks[name] = max(self.peaks.get(name, 0.0), peak_since_last())
         self._last = now

@@ -246,6 +246,7 @@ class Trainer:
     def _speed(self, clock: Clock, tokens: float) -> dict[str, float]:
         total = sum(clock.seconds.values())
         speed = {f"seconds_{name}": value for name, value in clock.seconds.items()}
+        speed |= {f"peak_memory_bytes_{name}": peak for name, peak in clock.peaks.items()}
         return speed | {
             "seconds_iteration": total,
             "tokens_per_second": tokens / total,

@@ -271,6 +271,11 @@ class RLConfig(Section):
     reference_engine: EngineConfig = doc(EngineConfig, "Engine of reference and reward model.")
     rollout: RolloutConfig = doc(RolloutConfig, "Generation.")
     ppo: PPOConfig = doc(PPOConfig, "The algorithm's numbers.")
+    share_base: bool | Literal["auto"] = doc(
+        "auto",
+        "With LoRA: policy, reference, critic and reward model share one frozen base; each has its "
+        "own adapters and head. `auto`: where that is possible; true: an error says why not.",
+    )
     iterations: Positive | None = doc(None, "Rollouts; unset: one pass over the prompts.")
     micro_batch_size: Positive = doc(16, "Rows per forward pass and rank, scoring and update.")
     micro_batch_tokens: Positive | None = doc(None, MICRO_BATCH_TOKENS)
