@@ -65,7 +65,9 @@ class FakeEngine:
 
 
 class Recorder:
-    """Stands for tracker and progress."""
+    """Stands for tracker, progress and keeper."""
+
+    metrics_bytes = 0
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -75,6 +77,9 @@ class Recorder:
         self.names |= metrics.keys()
 
     def update(self, n: int, **numbers: float) -> None:
+        pass
+
+    def after(self, position: int, state: dict[str, Any], **how: Any) -> None:
         pass
 
     def write(self, text: str) -> None:
@@ -91,7 +96,8 @@ def logged(step: Any, run: Any, engine: FakeEngine, columns: dict[str, list[Any]
     dataset = datasets.Dataset.from_dict(columns)
     rows = {split: SimpleNamespace(dataset=dataset) for split in ("train", "eval")}
     recorder = Recorder()
-    step.train(run, engine, rows, [[[list(range(len(dataset)))]]], 1, PAD, recorder, recorder)
+    plans = [[[list(range(len(dataset)))]]]
+    step.train(run, engine, rows, plans, 1, PAD, recorder, recorder, recorder, {})
     return recorder.names
 
 
