@@ -46,11 +46,17 @@ class FakeEngine:
             statistics=(0.0, 1.0), normalize=lambda x: x, parameters=lambda: [self.weight]
         )
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, *rest: Any, token_loss: Any = None
+    ) -> Any:
         shape = torch.linspace(-2, -1, ids.numel()).view(ids.shape) * self.weight
         if self.kind == "scalar":
             return shape
         counted = shape * rest[0]
+        token_loss = rest[3] if len(rest) > 3 else token_loss
+        if token_loss is not None:
+            picked = counted[rest[0]]
+            return token_loss(picked, picked.detach().abs(), slice(0, len(picked))), None
         return counted, counted.detach().abs() if len(rest) > 2 and rest[2] else None
 
     @contextmanager
