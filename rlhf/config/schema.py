@@ -232,6 +232,11 @@ class PPOConfig(Section):
     missing_eos_penalty: float = doc(1.0, "Taken from the score of an answer without EOS.", ge=0)
     whiten_advantages: bool = doc(True, "Mean 0, std 1 over the global batch.")
     group_std: bool = doc(True, "GRPO divides by the group's standard deviation.")
+    old_log_probs: Literal["auto", "rollout", "forward"] = doc(
+        "auto",
+        "Where the ratio's old log-probs come from: captured by the rollout, or a forward of the "
+        "actor (also where the rollout captures none); `auto`: rollout in float32, else forward.",
+    )
     epochs: Positive = doc(2, "PPO epochs over each rollout.")
     minibatches: Positive = doc(1, "Optimiser steps per PPO epoch.")
     target_kl: float | None = doc(None, "Stop the PPO epochs when approx_kl passes this.", gt=0)
