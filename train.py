@@ -13,35 +13,32 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import execute
+from launch import execute, recover
 from launch.options import Options, parse_options
 from launch.plan import Plan, describe, make_plan, plan_json
 from launch.preflight import preflight
 from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
-
-INTERRUPTED = 130
+from rlhf.redact import redact, redact_tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 130 stopped."""
+    """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 130 or 143
+    stopped by SIGINT or SIGTERM."""
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
-        print(
-            f"interrupted: {error}. The same command starts it again and keeps what is done",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except KeyboardInterrupt:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return 128 + error.number
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -50,25 +47,28 @@ def run(argv: Sequence[str]) -> int:
     """Plan, preflight, then launch and verify each step asked for."""
     options = parse_options(argv)
     if options.print_config or options.json_schema:
-        print(json_schema() if options.json_schema else config_yaml(options.config))
+        print(json_schema() if options.json_schema else redact(config_yaml(options.config)))
         return 0
 
     plan = make_plan(options)
-    print(json.dumps(plan_json(plan), indent=2) if options.as_json else describe(plan), flush=True)
+    if options.as_json:
+        print(json.dumps(redact_tree(plan_json(plan)), indent=2))
+    else:
+        print(redact(describe(plan)), flush=True)
     if options.dry_run:
         return 0
 
     env, lines = preflight(plan)
     for line in lines:
-        print(line)
-    with execute.locked(plan.run.path):
+        print(redact(line))
+    with execute.locked(plan.run.path) as lock:
         record_plan(options, plan)
-        run_steps(options, plan, env)
+        run_steps(options, plan, env, lock)
     show_verdict(plan)
     return 0
 
 
-def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
+def run_steps(options: Options, plan: Plan, env: dict[str, str], lock: int) -> None:
     """Each step is launched once its parents are proven, and proven before the next."""
     for item in plan.steps:
         if item.manifest is not None:
@@ -78,9 +78,7 @@ def run_steps(options: Options, plan: Plan, env: dict[str, str]) -> None:
             "seconds",
             flush=True,
         )
-        before = execute.stamp(plan.run, item.step)
-        outcome = execute.launch(plan.run, item, env)
-        manifest = execute.prove_result(plan.run, item, before, outcome)
+        manifest, outcome = recover.run_step(plan.run, item, env, lock)
         print(execute.describe_result(item, manifest, outcome), flush=True)
 
 
@@ -93,7 +91,7 @@ def show_verdict(plan: Plan) -> None:
 
 
 def _as_interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

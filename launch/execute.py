@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from launch import failure
 from launch.gate import KINDS, STEP_NAMES
@@ -16,34 +20,61 @@ from launch.plan import StepPlan
 from launch.ports import free_port, port_problem
 from launch.records import record_step
 from launch.spec import LaunchSpec
-from launch.supervise import Outcome, supervise
+from launch.supervise import GRACE_SECONDS, Outcome, supervise
 from rlhf.errors import ArtifactError, RequirementError
+from rlhf.redact import HIDDEN_SETTINGS
 from rlhf.store import MANIFEST, Manifest, RunDir, verify
+from rlhf.store.checkpoints import newest
+from rlhf.store.files import disk_errors
 
 
 class Interrupted(Exception):
     """The user ended the run; the step's processes have ended too."""
 
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
-def launch(run: RunDir, item: StepPlan, extra_env: dict[str, str]) -> Outcome:
-    """Runs the step's processes to their end. Raises Interrupted."""
+
+def launch(
+    run: RunDir, item: StepPlan, extra_env: dict[str, str], lock: int | None = None
+) -> Outcome:
+    """Runs the step's processes to their end; `lock` is held until none is left.
+
+    Raises Interrupted, and RequirementError where the disk refuses.
+    """
     spec = refresh_port(replace(item.spec, env={**item.spec.env, **extra_env}))
     logs = run.logs(item.step)
-    logs.mkdir(parents=True, exist_ok=True)
-    record_step(run, item, spec)
+    with disk_errors(logs, RequirementError):
+        logs.mkdir(parents=True, exist_ok=True)
+    if hidden := record_step(run, item, spec):
+        spec = replace(spec, env={**spec.env, HIDDEN_SETTINGS: json.dumps(hidden)})
     failure.clear_records(logs)
     log = logs / "console.log"
-    with log.open("a", encoding="utf-8") as stream:
+    with disk_errors(log, RequirementError), log.open("a", encoding="utf-8") as stream:
         stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.argv}\n")
-    outcome = supervise(spec, log, on_interrupt=lambda: say_interrupted(item.step))
+    outcome = supervise(
+        spec,
+        log,
+        grace=item.resolved.config.launch.grace_seconds,
+        on_interrupt=lambda: say_interrupted(item.step),
+        keep=() if lock is None else (lock,),
+    )
     if outcome.interrupted:
-        raise Interrupted(f"step {item.step} was interrupted; its processes have ended")
+        raise Interrupted(_interruption(run, item.step), outcome.interrupted)
     return outcome
+
+
+def _interruption(run: RunDir, step: int) -> str:
+    found = newest(run.resume(step))
+    if found is None:
+        return f"step {step} had saved nothing: the same command starts it again"
+    return f"step {step} is saved at {found[0]}: the same command goes on from there"
 
 
 def say_interrupted(step: int) -> None:
     """Called in a signal handler: writes past Python's buffers, which may be in use."""
-    text = f"\ninterrupted: step {step} is told to stop (again: stop it at once)\n"
+    text = f"\ninterrupted: step {step} is told to save and stop (again: stop it at once)\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
@@ -104,15 +135,59 @@ def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """One driver per run directory. Raises RequirementError if another one works in it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as handle:
+def locked(directory: Path) -> Iterator[int]:
+    """One driver per run directory; yields the lock's descriptor.
+
+    The system frees the lock when all who have the descriptor are gone, however they died: the
+    driver, and the guard of the step that it started. Where only such a guard is left, its end is
+    waited for. Raises RequirementError if another driver works here, or the disk refuses.
+    """
+    with disk_errors(directory, RequirementError):
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = (directory / ".lock").open("a+", encoding="utf-8")
+    with handle:
+        _take(handle, directory)
+        with contextlib.suppress(OSError):  # a full disk: the lock itself holds all the same
+            handle.truncate(0)
+            handle.write(f"{os.getpid()} {platform.node()}\n")
+            handle.flush()
+        yield handle.fileno()
+
+
+def _take(handle: IO[str], directory: Path) -> None:
+    deadline = time.monotonic() + GRACE_SECONDS + 10
+    told = False
+    while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RequirementError(
-                f"{directory}: another train.py is working in this run directory: wait for it to "
-                "end, or choose another --name"
-            ) from error
-        yield
+            handle.seek(0)
+            owner = handle.read().strip()
+            if _works(owner) or time.monotonic() > deadline:
+                raise RequirementError(
+                    f"{directory}: another train.py is working in this run directory (process "
+                    f"{owner or 'unknown'}): wait for it to end, or choose another --name"
+                ) from error
+        except OSError as error:
+            # A file system without locks (some NFS mounts): there the user keeps runs apart.
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                return None
+            raise
+        if not told:
+            print("waiting for the processes of a run that was killed here to end", flush=True)
+            told = True
+        time.sleep(0.1)
+
+
+def _works(owner: str) -> bool:
+    """Is the driver that wrote its number into the lock alive, as far as this machine can know?"""
+    number, _, host = owner.partition(" ")
+    if not number.isdigit() or host != platform.node():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -105,15 +105,27 @@ def ending(code: int) -> str:
 def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> str:
     """What to change: known causes by their settings, else what the rank advised."""
     said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
-    killed = outcome.code == -signal.SIGKILL or (not records and _KILLED.search(output))
+    killed = was_killed(outcome, records, output)
     if killed or _MEMORY.search(said):
-        return memory_remedy(step, bool(killed))
+        return memory_remedy(step, killed)
     for record in records:
         if record.remedy:
             return record.remedy
     if "EADDRINUSE" in said or "Address already in use" in said:
         return "another program took the port meanwhile: run the command again"
     return "see the error above; the same command starts the step again"
+
+
+def was_killed(outcome: Outcome, records: list[Record], output: str) -> bool:
+    """Was one of its processes killed (SIGKILL) from outside?"""
+    return outcome.code == -signal.SIGKILL or bool(not records and _KILLED.search(output))
+
+
+def is_memory(outcome: Outcome, records: list[Record], *, killed_counts: bool) -> bool:
+    """Did it run out of memory? `killed_counts`: the kernel has killed for memory meanwhile."""
+    output = outcome.output()
+    said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
+    return bool(_MEMORY.search(said)) or (killed_counts and was_killed(outcome, records, output))
 
 
 def memory_remedy(step: int, killed: bool) -> str:

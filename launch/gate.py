@@ -10,14 +10,17 @@ from typing import Any
 from launch.options import Options
 from rlhf.config.load import flatten
 from rlhf.config.names import absolute_if_local, is_path_like
-from rlhf.config.resolve import section_of
+from rlhf.config.resolve import decisive, section_of
 from rlhf.config.schema import ResolvedStep
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
-from rlhf.store import MANIFEST, Manifest, jsonable, read_manifest, verify
+from rlhf.redact import redact_tree
+from rlhf.store import MANIFEST, Manifest, RunDir, jsonable, read_json, read_manifest, verify
+from rlhf.store.checkpoints import differences, newest, refusal
 
 KINDS = {1: "sft", 2: "reward", 3: "ppo"}
 STEP_NAMES = {1: "SFT", 2: "reward model", 3: "PPO"}
 _MADE_BY = {"sft": 1, "reward": 2}
+RECOVERY = "recovery.json"
 _MODEL_FLAG = {"sft": "--actor-model", "reward": "--reward-model"}
 
 
@@ -172,13 +175,50 @@ def already_done(
         if was is None or was.id != parent.id or (parent.id is None and was.path != parent.path):
             return None, f"its {parent.name} parent is another one now"
     before = flatten(section_of(manifest.config, step))
-    now = flatten(section_of(jsonable(resolved.config), step))
+    now = flatten(section_of(redact_tree(jsonable(resolved.config)), step))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         shown = [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:3]]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return None, f"settings changed: {', '.join(shown)}{more}"
     return manifest, ""
+
+
+def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) -> str:
+    """The checkpoint that the step goes on from; "" if there is none.
+
+    Raises ConfigError if it was made with other settings, parents or processes. That it is whole
+    is proven by the step itself.
+    """
+    found = newest(options.run.resume(resolved.step))
+    if found is None:
+        return ""
+    place, record = found
+    fatal, changed = differences(
+        record,
+        settings=redact_tree(decisive(jsonable(resolved.config), resolved.step)),
+        parents={parent.name: parent.id or parent.path for parent in parents},
+        world_size=resolved.world_size,
+    )
+    fatal += [f"step {_MADE_BY[p.name]} runs again first" for p in parents if p.here]
+    if resolved.config.checkpoint.resume == "always":
+        changed = []
+    if problem := refusal(place, fatal, changed):
+        raise ConfigError(problem)
+    return f"{place.name} (saved {record.created})"
+
+
+def recovery_scale(run: RunDir, step: int) -> float:
+    """What learning rates are multiplied by since the step diverged; 1 if it did not."""
+    place = run.resume(step) / RECOVERY
+    if not place.exists():
+        return 1.0
+    try:
+        return float(read_json(place)["learning_rate_scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{place}: damaged; delete it, or start the step again: --resume never"
+        ) from error
 
 
 def base_models(options: Options) -> dict[str, Any]:

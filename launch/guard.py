@@ -2,10 +2,11 @@
 
     python guard.py DRIVER_PID GRACE_SECONDS COMMAND...
 
-The driver starts this in a session of its own. On SIGTERM or SIGINT, when the driver dies in any
-way, and when the command has ended, every process below is told to stop, and killed after the grace
-period. A launcher's workers are found even where they made sessions of their own (torchrun) or
-outlived their launcher (deepspeed): as a child subreaper the guard inherits them.
+The driver starts this in a session of its own. On SIGTERM or SIGINT, and when the driver dies in
+any way, the ranks are told to stop: they save a checkpoint. What is left after the grace period is
+killed, and so is what is left of a command that has ended by itself. A launcher's workers are found
+even where they made sessions of their own (torchrun) or outlived their launcher (deepspeed): as a
+child subreaper the guard inherits them.
 Exits with the command's code, or 128 + the signal that ended it.
 """
 
@@ -20,6 +21,7 @@ import sys
 import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+LEFTOVERS_SECONDS = 15.0  # for what a command leaves behind: its result is known already
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
@@ -48,9 +50,30 @@ def descendants(root: int) -> list[int]:
 
 def signal_all(number: int) -> None:
     """Sends a signal to every process below this one."""
-    for pid in descendants(os.getpid()):
+    signal_these(descendants(os.getpid()), number)
+
+
+def signal_these(pids: list[int], number: int) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
+
+
+def ask_to_stop() -> None:
+    """SIGTERM to the ranks, which save and end; their launchers then end by themselves.
+
+    A launcher that gets the signal too gives its ranks a time of its own to live. Where no rank
+    is below this process (they are on other machines, or not started yet), to all.
+    """
+    below = descendants(os.getpid())
+    signal_these([pid for pid in below if is_rank(pid)] or below, signal.SIGTERM)
+
+
+def is_rank(pid: int) -> bool:
+    """Does the process have what launchers give to the ranks of a job?"""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as stream:
+        return any(entry.startswith(b"LOCAL_RANK=") for entry in stream.read().split(b"\0"))
+    return False
 
 
 def reap(main: int, code: int | None) -> tuple[int | None, bool]:
@@ -98,13 +121,14 @@ def main(argv: list[str]) -> int:
         now = time.monotonic()
         if code is not None and deadline is None:  # it ended; what it started must end too
             signal_all(signal.SIGTERM)
-            deadline = now + grace
+            deadline = now + min(grace, LEFTOVERS_SECONDS)
         if deadline is not None and now >= deadline:
             signal_all(signal.SIGKILL)
         wait = 3600.0 if deadline is None else min(0.2, max(0.01, deadline - now))
         received = signal.sigtimedwait(awaited, wait)
         if received is not None and received.si_signo in STOP_SIGNALS:
-            signal_all(signal.SIGTERM)
+            if deadline is None:
+                ask_to_stop()
             # A second request means: now.
             deadline = time.monotonic() + (grace if deadline is None else 0)
     if code is None:

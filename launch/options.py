@@ -41,6 +41,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "--output-dir": ("output_dir",),
     "--name": ("name",),
     "--seed": ("seed",),
+    "--resume": ("checkpoint.resume",),
+    "--save-every": ("checkpoint.save_every",),
+    "--save-minutes": ("checkpoint.save_minutes",),
+    "--keep-last": ("checkpoint.keep_last",),
+    "--max-restarts": ("launch.max_restarts",),
+    "--auto-batch": ("launch.auto_batch",),
 }
 _NOT_REPEATED = ("--dry-run", "--json", "--force", "--print-config", "--json-schema")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
@@ -98,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; "
         "--print-config shows them all. "
         "Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement is "
-        "missing, 130 interrupted.",
+        "missing, 130 interrupted, 143 terminated.",
     )
     add = made.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N",
@@ -111,6 +117,9 @@ def parser() -> argparse.ArgumentParser:
         help="base of step 2; without step 2, the reward model of step 3")  # fmt: skip
     for flag, keys in SETTINGS.items():
         text = leaves()[keys[0]].doc.replace("%", "%%")
+        if leaves()[keys[0]].is_flag:
+            add(flag, action="store_const", const="true", help=text)
+            continue
         nargs = "+" if flag == "--data-path" else None
         add(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
     add("--dry-run", action="store_true", help="print the plan and the command lines, then stop")
@@ -179,7 +188,8 @@ def split_overrides(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-_TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"} - {"--data-path"}
+_TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"}
+_TAKES_ONE -= {"--data-path", "--auto-batch"}
 
 
 def flag_values(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:

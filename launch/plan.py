@@ -10,7 +10,15 @@ from typing import Any
 
 from launch.devices import place
 from launch.environment import child_environment
-from launch.gate import STEP_NAMES, Parent, already_done, base_models, find_parents
+from launch.gate import (
+    STEP_NAMES,
+    Parent,
+    already_done,
+    base_models,
+    find_parents,
+    recovery_scale,
+    unfinished,
+)
 from launch.launchers import LAUNCHERS
 from launch.options import Options
 from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
@@ -37,6 +45,10 @@ class StepPlan:
     manifest: Manifest | None = None
     reason: str = ""
     """Why it runs again although there is an artifact."""
+    fresh: bool = False
+    """It starts from its beginning, whatever checkpoints there are."""
+    saved: str = ""
+    """The checkpoint that it goes on from."""
 
     @property
     def done(self) -> bool:
@@ -73,8 +85,11 @@ def make_plan(options: Options) -> Plan:
         )
         manifest, reason = already_done(options, resolved, parents)
         done[step] = manifest
+        fresh = options.force or config.checkpoint.resume == "never"
+        saved = "" if fresh or manifest is not None else unfinished(options, resolved, parents)
+        resolved.learning_rate_scale = 1.0 if fresh else recovery_scale(options.run, step)
         spec = launch_spec(resolved, placement, options.run)
-        steps.append(StepPlan(step, resolved, spec, parents, manifest, reason))
+        steps.append(StepPlan(step, resolved, spec, parents, manifest, reason, fresh, saved))
     return Plan(options.run, config, options.recipe, placement, steps)
 
 
@@ -114,6 +129,8 @@ def describe_step(item: StepPlan, run: RunDir) -> list[str]:
     lines = [head]
     if item.reason:
         lines.append(f"         again: {item.reason}")
+    if item.saved:
+        lines.append(f"         goes on from {item.saved}")
     lines += [f"         {parent.note}" for parent in item.parents if parent.note]
     lines += [f"         {line}" for line in describe_inherited(resolved)]
     lines.append(f"         {_batches(resolved)}")
@@ -178,6 +195,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "name": STEP_DIRS[item.step],
                 "action": "skip" if item.done else "run",
                 "reason": item.reason,
+                "goes_on_from": item.saved,
                 "parents": item.resolved.parents,
                 "notes": [parent.note for parent in item.parents if parent.note],
                 "inherited": describe_inherited(item.resolved),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ from launch.options import Options
 from launch.plan import Plan, StepPlan
 from launch.spec import LaunchSpec
 from rlhf.errors import RequirementError
-from rlhf.store import RunDir, library_versions, read_json, write_json_atomic
+from rlhf.redact import hide, redact, redact_tree
+from rlhf.store import RunDir, library_versions, read_json, write_json_atomic, write_text_atomic
 
 
 def record_plan(options: Options, plan: Plan) -> None:
@@ -26,7 +26,7 @@ def record_plan(options: Options, plan: Plan) -> None:
         "versions": library_versions(),
         "steps": [_entry(item) for item in plan.steps],
     }
-    write_json_atomic(plan.run.pipeline, {**entry, "earlier": _earlier(plan.run)})
+    write_json_atomic(plan.run.pipeline, {**redact_tree(entry), "earlier": _earlier(plan.run)})
 
 
 def _earlier(run: RunDir) -> list[Any]:
@@ -51,16 +51,18 @@ def _entry(item: StepPlan) -> dict[str, Any]:
     }
 
 
-def record_step(run: RunDir, item: StepPlan, spec: LaunchSpec) -> None:
-    """resolved.json, which the step's processes read, and command.sh, which starts them again."""
-    write_json_atomic(run.resolved(item.step), item.resolved.model_dump(mode="json"))
-    write_script(run.command(item.step), spec.shell())
+def record_step(run: RunDir, item: StepPlan, spec: LaunchSpec) -> dict[str, Any]:
+    """resolved.json, which the step's processes read, and command.sh, which starts them again.
+
+    Both without secrets; returns those of resolved.json, as `rlhf.redact.hide` does.
+    """
+    shown, hidden = hide(item.resolved.model_dump(mode="json"))
+    write_json_atomic(run.resolved(item.step), shown)
+    write_script(run.command(item.step), redact(spec.shell()))
+    return hidden
 
 
 def write_script(path: Path, body: str) -> None:
     """An executable shell script, written whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = f"#!/bin/sh\n# Starts this step again, as the driver did.\n{body}\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(0o755)
-    os.replace(temporary, path)
+    write_text_atomic(path, text, mode=0o755)

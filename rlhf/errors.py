@@ -3,6 +3,9 @@ the remedy, and has an exit code."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(Exception):
     """Shown as its message alone, without a traceback."""
@@ -14,6 +17,19 @@ class StepFailed(UserError):
     """A step's processes ended without a verified artifact."""
 
     exit_code = 1
+
+
+class Diverged(UserError):
+    """Numbers are no longer finite, or the policy has left the reference for good.
+
+    tensors: name -> tensor of the rows where it happened, if known.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, tensors: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.tensors = dict(tensors or {})
 
 
 class ConfigError(UserError):

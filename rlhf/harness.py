@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import os
 import signal
 import sys
@@ -17,12 +18,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
-from rlhf.errors import ArtifactError, UserError
+from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError
+from rlhf.redact import redact, redact_tree
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
+from rlhf.store.files import disk_errors, remove
 
 OOM_REMEDY = (
     "Out of memory. In this order: halve micro_batch_size (the result stays the same), turn on "
@@ -38,8 +41,15 @@ class StepRun:
     resolved: ResolvedStep
     rank: int
     phase_name: str = "start"
+    phase_began: float = field(default_factory=time.perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
+    stop: int = 0
+    """The signal that told this rank to stop; 0: none did."""
+    can_save: bool = False
+    """The training loop runs: it stops by itself, with a checkpoint, when `stop` is set."""
     proven: dict[str, str | None] = field(default_factory=dict)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """Called before the process ends, however `main` did."""
 
     @property
     def config(self) -> RunConfig:
@@ -56,10 +66,16 @@ class StepRun:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Names what is going on, for the console, for error records and for timings."""
-        self.phase_name, began = name, time.perf_counter()
+        self.phase_name, self.phase_began, self.can_save = name, time.perf_counter(), False
         self.say(f"step {self.resolved.step}: {name}")
         yield
-        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - began
+        self.phases = self.seconds_by_phase()
+        self.phase_name, self.can_save = f"after {name}", False
+
+    def seconds_by_phase(self) -> dict[str, float]:
+        """Seconds of each phase so far, the present one included."""
+        now = time.perf_counter() - self.phase_began
+        return {**self.phases, self.phase_name: self.phases.get(self.phase_name, 0.0) + now}
 
     def say(self, text: str) -> None:
         """One line on the console, from rank 0; every rank's log has it."""
@@ -97,6 +113,10 @@ class StepRun:
             for kind, place in self.resolved.parents.items()
         }
 
+    def parent_ids(self) -> dict[str, str | None]:
+        """Name -> manifest id of a parent of ours, else its path or hub id."""
+        return {kind: self._prove(kind) or place for kind, place in self.resolved.parents.items()}
+
     def publish(
         self,
         write: Callable[[Path], None],
@@ -117,49 +137,70 @@ class StepRun:
             parents=self.parent_records(),
             data_fingerprint=data_fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint,
-            config=self.config.model_dump(mode="json"),
+            config=redact_tree(self.config.model_dump(mode="json")),
             metrics=metrics | {"seconds_by_phase": self.phases},
         )
         self.say(
             f"step {self.resolved.step}: published {kind} {manifest.id[:12]} in {self.step_dir}"
         )
+        # What is finished goes on from nothing.
+        remove(self.directory.resume(self.resolved.step))
+
+
+class Stopped(Exception):
+    """The training loop has stopped for a signal, after a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     """Runs `main` in one rank; ends the process with the exit code that the driver expects.
 
-    A UserError ends with its own code and message; anything else with 1 and its traceback. Both
-    leave `logs/rankK.failure.json` for the driver to explain.
+    A UserError ends with its own code and message; a signal to stop with 128 + its number; anything
+    else with 1 and its traceback. Failures leave `logs/rankK.failure.json` for the driver.
     """
     _die_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
     try:
         resolved = step_config(sys.argv[1:], step)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     run = StepRun(resolved, rank)
+    _take_signals(run)
     logs = run.directory.logs(step)
-    logs.mkdir(parents=True, exist_ok=True)
     failure = logs / f"rank{rank}.failure.json"
-    failure.unlink(missing_ok=True)
-    if rank == 0:
-        _put_away(run.step_dir)
-    with (logs / f"rank{rank}.log").open("a", buffering=1, encoding="utf-8") as log:
-        faulthandler.enable(log)
+    try:
+        with disk_errors(logs, RequirementError):
+            logs.mkdir(parents=True, exist_ok=True)
+            failure.unlink(missing_ok=True)
+            opened = RankLog(logs / f"rank{rank}.log", sys.stderr)
+    except UserError as error:
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    with opened as log:
+        faulthandler.enable(log.fileno())
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
         _quiet_libraries()
         try:
-            main(run)
+            with only_one(run):
+                main(run)
             code = 0
+        except Stopped as stopped:
+            code = stopped.exit_code
         except UserError as error:
             code = error.exit_code
+            _keep_batch(run, error)
             _record(failure, run, error, str(error), code)
             print(f"error: {error}", file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001 - every failure is recorded for the driver
             code = 1
             _record(failure, run, error, _remedy(error), code)
             traceback.print_exc()
+        for call in run.at_end:
+            call()
         sys.stdout.flush()
         sys.stderr.flush()
     faulthandler.disable()
@@ -167,7 +208,54 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     os._exit(code)
 
 
-def _put_away(step_dir: Path) -> None:
+def _take_signals(run: StepRun) -> None:
+    """SIGTERM and SIGINT: the training loop saves and stops; elsewhere the process ends at once.
+
+    Launchers repeat SIGTERM, so only a second SIGINT (a person's) is taken as impatience.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        impatient = run.stop == number == signal.SIGINT
+        run.stop = number
+        if impatient or not run.can_save:
+            with contextlib.suppress(OSError):
+                name = signal.Signals(number).name
+                os.write(2, f"stopped by {name} in: {run.phase_name}\n".encode())
+            os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays ignored
+            signal.signal(number, stop)
+
+
+@contextlib.contextmanager
+def only_one(run: StepRun, wait: float = 90.0) -> Iterator[None]:
+    """Rank 0 waits for the processes of an earlier start, which may be saving, to end.
+
+    Raises RequirementError after `wait` seconds. The lock ends with its process, however it dies.
+    """
+    if run.rank != 0:
+        yield
+        return
+    with (run.step_dir / ".running").open("w") as handle:
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - began > wait:
+                    raise RequirementError(
+                        f"{run.step_dir}: processes of an earlier start still work here after "
+                        f"{wait:.0f} s: wait for them or end them, or choose another --name"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks: the user keeps runs apart
+                break
+        yield
+
+
+def put_away(step_dir: Path) -> None:
     """A step starts from its beginning: figures of an earlier try are kept under another name."""
     for name in ("metrics.jsonl", "tensorboard"):
         old = step_dir / name
@@ -176,19 +264,32 @@ def _put_away(step_dir: Path) -> None:
             old.rename(old.with_name(f"{old.stem}.{made}{old.suffix}"))
 
 
+def _keep_batch(run: StepRun, error: UserError) -> None:
+    """The rows on which numbers went wrong, for a look: `diverged/rankK.safetensors`."""
+    if not isinstance(error, Diverged) or not error.tensors:
+        return
+    from safetensors.torch import save_file
+
+    place = run.step_dir / "diverged" / f"rank{run.rank}.safetensors"
+    place.parent.mkdir(exist_ok=True)
+    save_file({name: t.detach().cpu().contiguous() for name, t in error.tensors.items()}, place)
+    error.args = (f"{error}. The rows are in {place}",)
+
+
 def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) -> None:
-    write_json_atomic(
-        path,
-        {
-            "rank": run.rank,
-            "phase": run.phase_name,
-            "type": type(error).__name__,
-            "message": str(error),
-            "remedy": remedy,
-            "traceback": "".join(traceback.format_exception(error)),
-            "exit_code": code,
-        },
-    )
+    record = {
+        "rank": run.rank,
+        "phase": run.phase_name,
+        "type": type(error).__name__,
+        "message": str(error),
+        "remedy": remedy,
+        "traceback": "".join(traceback.format_exception(error)),
+        "exit_code": code,
+    }
+    try:
+        write_json_atomic(path, redact_tree(record))
+    except RequirementError as unwritten:  # the disk is full: the console is what is left
+        print(f"error: {unwritten}", file=sys.stderr, flush=True)
 
 
 def _remedy(error: Exception) -> str:
@@ -202,20 +303,58 @@ def _remedy(error: Exception) -> str:
     return ""
 
 
-class Tee:
-    """Writes to the console and to the rank's log file; the log gets whole lines, not bars."""
+class RankLog:
+    """A rank's log file: whole lines instead of bars, no secrets, each piece written at once.
 
-    def __init__(self, console: TextIO, log: IO[str]) -> None:
+    A disk that takes no more is told once on the console; what it missed is lost, the run is not.
+    """
+
+    def __init__(self, path: Path, console: TextIO) -> None:
+        self.path, self.console = path, console
+        self._stream = path.open("ab", buffering=0)
+        self._told = False
+
+    def write(self, text: str) -> int:
+        data = redact(text.replace("\r", "\n")).encode("utf-8", "backslashreplace")
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                print(
+                    f"warning: {self.path}: cannot be written ({error.strerror}): the console "
+                    "alone has what follows; free some space",
+                    file=self.console,
+                    flush=True,
+                )
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def __enter__(self) -> RankLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+class Tee:
+    """Writes to the console and to the rank's log, without secrets."""
+
+    def __init__(self, console: TextIO, log: RankLog) -> None:
         self.console, self.log = console, log
 
     def write(self, text: str) -> int:
-        self.console.write(text)
-        self.log.write(text.replace("\r", "\n"))
+        self.console.write(redact(text))
+        self.log.write(text)
         return len(text)
 
     def flush(self) -> None:
         self.console.flush()
-        self.log.flush()
 
     def isatty(self) -> bool:
         return self.console.isatty()

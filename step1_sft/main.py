@@ -13,6 +13,7 @@ from rlhf.data.batches import SFTBatch
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.harness import StepRun, run_step
+from rlhf.resume import Keeper
 
 
 def main(run: StepRun) -> None:
@@ -61,6 +62,8 @@ def main(run: StepRun) -> None:
         total = sum(len(plan) for plan in plans)
         total = min(total, settings.train.max_steps or total)
         engine = TrainEngine(model, settings.engine, settings.optim, dtype=dtype, total_steps=total)
+        keeper = Keeper(run, {"model": engine}, data_fingerprint=rows["train"].fingerprint)
+        state = keeper.restore()
         with (
             track.open_tracker(
                 run.config.track,
@@ -68,11 +71,13 @@ def main(run: StepRun) -> None:
                 step=1,
                 rank=run.rank,
                 config=run.config.model_dump(mode="json"),
+                keep_bytes=keeper.metrics_bytes,
+                done=state.get("step", 0),
             ) as tracker,
-            track.progress(total, "SFT", run.rank) as bar,
+            track.progress(total, "SFT", run.rank, initial=state.get("step", 0)) as bar,
         ):
             evaluation = train(
-                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar
+                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar, keeper, state
             )
 
     with run.phase("publish"):
@@ -120,31 +125,40 @@ def train(
     pad_id: int,
     tracker: Any,
     bar: Any,
+    keeper: Keeper,
+    state: dict[str, Any],
 ) -> dict[str, float]:
-    """All epochs; returns the last evaluation."""
+    """All epochs, or what is left of them after `state`; returns the last evaluation."""
     settings = run.config.step1
     dataset = rows["train"].dataset
-    step, evaluation = 0, {}
-    for epoch, plan in enumerate(plans):
-        for micro_batches in plan[: total - step]:
-            batches = [
-                data.collate_sft(
-                    dataset.select(index).to_list(), pad_id, prompt_loss=settings.prompt_loss
-                ).to(engine.device)
-                for index in micro_batches
-            ]
-            stats = sft_step(engine, batches)
-            step += 1
-            bar.update(1, loss=stats["loss"])
-            if step % settings.train.log_every == 0 or step == total:
-                tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
-            if settings.train.eval_every and step % settings.train.eval_every == 0:
-                tracker.log(_named(evaluate(run, engine, rows["eval"].dataset, pad_id)), step)
-        evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
-        tracker.log(_named(evaluation), step)
-        bar.write(f"epoch {epoch + 1}: held-out perplexity {evaluation['perplexity']:.3f}")
-        if step >= total:
-            break
+    steps = [
+        (epoch, index, len(plan)) for epoch, plan in enumerate(plans) for index in range(len(plan))
+    ]
+    done, evaluation = state.get("step", 0), state.get("evaluation", {})
+    for step, (epoch, index, in_epoch) in enumerate(steps[done:total], done + 1):
+        batches = [
+            data.collate_sft(
+                dataset.select(indices).to_list(), pad_id, prompt_loss=settings.prompt_loss
+            ).to(engine.device)
+            for indices in plans[epoch][index]
+        ]
+        stats = sft_step(engine, batches)
+        bar.update(1, loss=stats["loss"])
+        if step % settings.train.log_every == 0 or step == total:
+            tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
+        every = settings.train.eval_every
+        ends_epoch = index == in_epoch - 1 or step == total
+        if ends_epoch or (every and step % every == 0):
+            evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
+            tracker.log(_named(evaluation), step)
+        if ends_epoch:
+            bar.write(f"epoch {epoch + 1}: held-out perplexity {evaluation['perplexity']:.3f}")
+        keeper.after(
+            step,
+            {"step": step, "evaluation": evaluation},
+            metrics_bytes=tracker.metrics_bytes,
+            last=step == total,
+        )
     return evaluation
 
 

@@ -15,6 +15,7 @@ from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError
 from rlhf.harness import StepRun, run_step
 from rlhf.report.reward_metrics import pair_metrics
+from rlhf.resume import Keeper
 
 
 def main(run: StepRun) -> None:
@@ -54,6 +55,8 @@ def main(run: StepRun) -> None:
             total_steps=total,
             head_learning_rate=settings.head_learning_rate,
         )
+        keeper = Keeper(run, {"model": engine}, data_fingerprint=rows["train"].fingerprint)
+        state = keeper.restore()
         with (
             track.open_tracker(
                 run.config.track,
@@ -61,11 +64,13 @@ def main(run: StepRun) -> None:
                 step=2,
                 rank=run.rank,
                 config=run.config.model_dump(mode="json"),
+                keep_bytes=keeper.metrics_bytes,
+                done=state.get("step", 0),
             ) as tracker,
-            track.progress(total, "reward", run.rank) as bar,
+            track.progress(total, "reward", run.rank, initial=state.get("step", 0)) as bar,
         ):
             evaluation = train(
-                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar
+                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar, keeper, state
             )
 
     with run.phase("publish"):
@@ -160,32 +165,41 @@ def train(
     pad_id: int,
     tracker: Any,
     bar: Any,
+    keeper: Keeper,
+    state: dict[str, Any],
 ) -> dict[str, float]:
-    """All epochs; returns the last evaluation."""
+    """All epochs, or what is left of them after `state`; returns the last evaluation."""
     settings = run.config.step2
     dataset = rows["train"].dataset
-    step, evaluation = 0, {}
-    for epoch, plan in enumerate(plans):
-        for micro_batches in plan[: total - step]:
-            batches = [
-                data.collate_pairs(dataset.select(index).to_list(), pad_id).to(engine.device)
-                for index in micro_batches
-            ]
-            stats = reward_step(engine, batches, settings.loss, settings.margin)
-            step += 1
-            bar.update(1, loss=stats["loss"], accuracy=stats["accuracy"])
-            if step % settings.train.log_every == 0 or step == total:
-                tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
-            if settings.train.eval_every and step % settings.train.eval_every == 0:
-                tracker.log(_named(evaluate(run, engine, rows["eval"].dataset, pad_id)), step)
-        evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
-        tracker.log(_named(evaluation), step)
-        bar.write(
-            f"epoch {epoch + 1}: held-out accuracy {evaluation['accuracy']:.4f}, "
-            f"margin {evaluation['margin']:.3f}"
+    steps = [
+        (epoch, index, len(plan)) for epoch, plan in enumerate(plans) for index in range(len(plan))
+    ]
+    done, evaluation = state.get("step", 0), state.get("evaluation", {})
+    for step, (epoch, index, in_epoch) in enumerate(steps[done:total], done + 1):
+        batches = [
+            data.collate_pairs(dataset.select(indices).to_list(), pad_id).to(engine.device)
+            for indices in plans[epoch][index]
+        ]
+        stats = reward_step(engine, batches, settings.loss, settings.margin)
+        bar.update(1, loss=stats["loss"], accuracy=stats["accuracy"])
+        if step % settings.train.log_every == 0 or step == total:
+            tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
+        every = settings.train.eval_every
+        ends_epoch = index == in_epoch - 1 or step == total
+        if ends_epoch or (every and step % every == 0):
+            evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
+            tracker.log(_named(evaluation), step)
+        if ends_epoch:
+            bar.write(
+                f"epoch {epoch + 1}: held-out accuracy {evaluation['accuracy']:.4f}, "
+                f"margin {evaluation['margin']:.3f}"
+            )
+        keeper.after(
+            step,
+            {"step": step, "evaluation": evaluation},
+            metrics_bytes=tracker.metrics_bytes,
+            last=step == total,
         )
-        if step >= total:
-            break
     return evaluation
 
 

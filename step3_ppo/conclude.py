@@ -16,7 +16,7 @@ from rlhf.errors import UserError
 from rlhf.harness import StepRun
 from rlhf.report.answers import AnswerRecord, paired_gain, summarise
 from rlhf.report.verdict import build_verdict, render
-from rlhf.store import MANIFEST, read_manifest, write_json_atomic
+from rlhf.store import MANIFEST, read_manifest, write_json_atomic, write_text_atomic
 from step3_ppo.evaluate import Evaluation
 from step3_ppo.roles import Roles
 
@@ -63,6 +63,10 @@ def conclude(
             )
             snapshot.write(directory / name, tokenizer, card=card, generation=generation)
 
+    # Before publishing: who is killed after it has a finished step, and must have its verdict.
+    if comm.rank() == 0:
+        write_json_atomic(run.step_dir / "verdict.json", verdict)
+        write_text_atomic(run.step_dir / "verdict.txt", render(verdict))
     run.publish(
         write,
         kind="ppo",
@@ -70,9 +74,6 @@ def conclude(
         metrics={key: verdict[key] for key in ("models", "gain", "gain_ci", "gain_in_sft_std")},
         tokenizer_fingerprint=models.fingerprint(tokenizer),
     )
-    if comm.rank() == 0:
-        write_json_atomic(run.step_dir / "verdict.json", verdict)
-        (run.step_dir / "verdict.txt").write_text(render(verdict), encoding="utf-8")
 
 
 def _answers(

@@ -16,14 +16,17 @@ from rlhf.config.schema import RLConfig
 from rlhf.engine import comm
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.memory import peak_memory
+from rlhf.engine.train import TrainEngine
 from rlhf.engine.zero3 import kept_whole
 from rlhf.errors import ConfigError
 from rlhf.harness import StepRun, run_step
 from rlhf.report.answers import distinct_2
+from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout
 from step3_ppo.conclude import conclude
 from step3_ppo.evaluate import answer_ids
 from step3_ppo.experience import Clock, credit, generate, score
+from step3_ppo.health import check_finite, check_kl
 from step3_ppo.parents import check_tokenizers
 from step3_ppo.roles import Roles, load_roles
 from step3_ppo.update import PtxBatches, update, value_quality
@@ -57,18 +60,33 @@ def main(run: StepRun) -> None:
             say=run.say,
         )
 
+    with run.phase("train"):
+        trainer = Trainer(run, roles, tokenizer, prompts, per_iteration, iterations, world)
+        keeper = Keeper(run, trainer.engines, trainer.parts, data_fingerprint=rows.fingerprint)
+        trainer.iteration = done = keeper.restore().get("iteration", 0)
+        _train(run, trainer, keeper, done)
+
+    with run.phase("evaluate and publish"):
+        eval_rows = _prompts(run, tokenizer, "eval").dataset
+        conclude(run, roles, tokenizer, eval_rows, trainer.ema, data_fingerprint=rows.fingerprint)
+    comm.barrier()
+
+
+def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
+    """All iterations that are left; logs and saves."""
+    settings, iterations = run.config.step3, trainer.iterations
     with (
-        run.phase("train"),
         track.open_tracker(
             run.config.track,
             run.step_dir,
             step=3,
             rank=run.rank,
             config=run.config.model_dump(mode="json"),
+            keep_bytes=keeper.metrics_bytes,
+            done=done,
         ) as tracker,
-        track.progress(iterations, settings.algorithm.upper(), run.rank) as bar,
+        track.progress(iterations, settings.algorithm.upper(), run.rank, initial=done) as bar,
     ):
-        trainer = Trainer(run, roles, tokenizer, prompts, per_iteration, iterations, world)
         for stats in trainer.iterate():
             bar.update(
                 1,
@@ -79,11 +97,12 @@ def main(run: StepRun) -> None:
             )
             if trainer.iteration % settings.log_every == 0 or trainer.iteration == iterations:
                 tracker.log(stats, trainer.iteration)
-
-    with run.phase("evaluate and publish"):
-        eval_rows = _prompts(run, tokenizer, "eval").dataset
-        conclude(run, roles, tokenizer, eval_rows, trainer.ema, data_fingerprint=rows.fingerprint)
-    comm.barrier()
+            keeper.after(
+                trainer.iteration,
+                {"iteration": trainer.iteration},
+                metrics_bytes=tracker.metrics_bytes,
+                last=trainer.iteration == iterations,
+            )
 
 
 def _prompts(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
@@ -140,7 +159,8 @@ class Trainer:
         self.controller = build_kl_controller(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self.statistics = self.roles.reward.module.statistics
         self.ema = WeightEMA(self.roles.actor.module, ppo.ema_decay) if ppo.ema_decay else None
-        self.ptx = PtxBatches(self._ptx_batches(), ppo.ptx_coef) if ppo.ptx_coef else None
+        self.ptx_batches = data.Replayable(self._ptx_batches)
+        self.ptx = PtxBatches(self.ptx_batches, ppo.ptx_coef) if ppo.ptx_coef else None
         actor = self.roles.actor
         self.sampler = build_rollout(
             rollout.engine,
@@ -153,12 +173,28 @@ class Trainer:
             gather=lambda: kept_whole(actor.module.parameters()),
         )
 
+    @property
+    def engines(self) -> dict[str, TrainEngine]:
+        """What trains."""
+        critic = self.roles.critic
+        return {"actor": self.roles.actor} | ({"critic": critic} if critic else {})
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """State besides the engines'."""
+        parts: dict[str, Stateful] = {"rollout": self.sampler, "kl": self.controller}
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        if self.ptx is not None:
+            parts["ptx"] = self.ptx_batches
+        return parts
+
     def iterate(self) -> Iterator[dict[str, float]]:
-        """All iterations; yields each one's figures (metric glossary: README.md)."""
+        """All iterations that are left; yields each one's figures (metric glossary: README.md)."""
         settings = self.run.config.step3
         rollout_settings, ppo = settings.rollout, settings.ppo
         size = settings.micro_batch_size
-        for prompts in itertools.islice(self._prompt_batches(), self.iterations):
+        for prompts in itertools.islice(self._prompt_batches(), self.iterations - self.iteration):
             clock = Clock()
             # 1. The policy answers.
             with self.roles.actor.evaluating():
@@ -166,6 +202,7 @@ class Trainer:
             clock.lap("rollout")
             # 2. Reward model, reference and critic read prompt + answer.
             rollout = score(self.roles, rollout, rollout_settings.temperature, size)
+            check_finite(rollout)
             # 3. Rewards of tokens. 4. Advantages and returns.
             rollout, stats = credit(
                 rollout,
@@ -175,6 +212,7 @@ class Trainer:
                 self.statistics,
                 rollout_settings.samples_per_prompt,
             )
+            check_kl(rollout, stats["kl_per_token"], ppo.max_kl)
             stats |= value_quality(rollout)
             clock.lap("score")
             # 5. PPO epochs.
@@ -219,15 +257,18 @@ class Trainer:
         """This rank's share of each global batch of prompts; a new permutation for each pass."""
         wanted = self.per_iteration
         pad, device = self.tokenizer.pad_token_id, self.roles.actor.device
-        for epoch in itertools.count():
+        passes = max(len(self.prompts) // wanted, 1)
+        first, skipped = divmod(self.iteration, passes)
+        for epoch in itertools.count(first):
             generator = torch.Generator().manual_seed(self.run.config.seed + epoch)
             order = torch.randperm(len(self.prompts), generator=generator).tolist()
-            for start in range(0, len(order) - wanted + 1, wanted):
+            starts = range(0, len(order) - wanted + 1, wanted)
+            for start in starts[skipped if epoch == first else 0 :]:
                 mine = order[start : start + wanted][self.run.rank :: self.world]
                 yield data.collate_prompts(self.prompts.select(mine).to_list(), pad).to(device)
 
-    def _ptx_batches(self) -> Iterator[data.SFTBatch]:
-        """Step 1's rows, for ever, a micro-batch at a time."""
+    def _ptx_batches(self, skipped: int) -> Iterator[data.SFTBatch]:
+        """Step 1's rows, for ever, a micro-batch at a time, without the first `skipped`."""
         config = self.run.config
         with comm.rank_zero_first():
             rows = data.prepare(
@@ -250,8 +291,9 @@ class Trainer:
                 seed=config.seed,
                 epoch=epoch,
             )
-            for (index,) in plan:
+            for (index,) in plan[skipped:]:
                 yield data.collate_sft(rows.select(index).to_list(), self.tokenizer.pad_token_id)
+            skipped = max(skipped - len(plan), 0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rlhf.config.load import MODEL_NAMES, flatten, nest, with_values
 from rlhf.config.names import absolute_if_local
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ConfigError
+from rlhf.redact import HIDDEN_SETTINGS, first_redacted
 
 # step -> setting left unset -> (parent, the parent's setting that it takes)
 INHERITS: dict[int, dict[str, tuple[str, str]]] = {
@@ -56,6 +57,7 @@ def resolve_step(
     Raises ConfigError: a relation does not hold, a batch does not fit.
     """
     parents = dict(parents or {})
+    refuse_redacted(config)
     config = absolute_paths(config)
     changes, inherited = inherit(config, step, parent_configs or {})
     try:
@@ -72,6 +74,16 @@ def resolve_step(
         inherited=inherited,
         config=config,
     )
+
+
+def refuse_redacted(config: RunConfig) -> None:
+    """Raises ConfigError for a setting whose secret was taken out when it was written down."""
+    if name := first_redacted(config.model_dump()):
+        raise ConfigError(
+            f"{name} = {_get(config, name)!r} has a secret in it that was not written down: give "
+            f"the real value (--{name} VALUE), or start the step through train.py, which passes "
+            f"it on in the environment ({HIDDEN_SETTINGS}; on other hosts set that yourself)"
+        )
 
 
 def inherit(
@@ -168,3 +180,25 @@ def section_of(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     flat = flatten({key: config.get(key, {}) for key in (f"step{step}", "data", "seed")})
     flat.pop("data.cache_dir", None)
     return nest(flat)
+
+
+# Settings of a step's own section that change what is printed, or rounding, but not the result.
+_NOT_DECISIVE = (
+    "train.micro_batch_size",
+    "train.eval_batch_size",
+    "train.eval_every",
+    "train.log_every",
+    "micro_batch_size",
+    "log_every",
+)
+
+
+def decisive(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Dotted name -> value, of the settings that must be the same to go on from a checkpoint."""
+    left_out = {f"step{step}.{name}" for name in _NOT_DECISIVE}
+    flat = flatten(section_of(config, step))
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in left_out and not name.startswith(f"step{step}.eval.")
+    }

@@ -6,27 +6,14 @@ section. Lengths are in tokens; `batch_size` counts rows per optimiser step over
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
+
+from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
+from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are checked on assignment too."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
-
-
-def doc(default: Any, text: str, **limits: Any) -> Any:
-    """A field with its default and the line of documentation that users see."""
-    if isinstance(default, type) and issubclass(default, BaseModel):
-        return Field(default_factory=default, description=text, **limits)
-    return Field(default, description=text, **limits)
 
 
 class DataConfig(Section):
@@ -241,6 +228,11 @@ class PPOConfig(Section):
     epochs: Positive = doc(2, "PPO epochs over each rollout.")
     minibatches: Positive = doc(1, "Optimiser steps per PPO epoch.")
     target_kl: float | None = doc(None, "Stop the PPO epochs when approx_kl passes this.", gt=0)
+    max_kl: float = doc(
+        3.0,
+        "Nats per token: a policy this far from the reference has diverged; the step rolls back.",
+        gt=0,
+    )
     entropy_coef: float = doc(0.0, "Weight of the entropy bonus.", ge=0)
     critic_warmup: NonNegative = doc(0, "First iterations that train only the critic.")
     ptx_coef: float = doc(0.0, "Weight of the SFT loss mixed into the update.", ge=0)
@@ -299,50 +291,6 @@ class RLConfig(Section):
         return self
 
 
-class LaunchConfig(Section):
-    deployment_type: Literal["single_gpu", "single_node", "multi_node"] = doc(
-        "single_gpu", "One process, all devices of this machine, or several machines."
-    )
-    launcher: Literal["deepspeed", "torchrun"] = doc("deepspeed", "What starts the processes.")
-    num_gpus: Positive | None = doc(
-        None, "Processes per node; on CPU, gloo ranks. Unset: the node's GPUs, or 1 on CPU."
-    )
-    threads: Positive | None = doc(
-        None, "CPU threads per process. Unset: 1 with several ranks, else the cores."
-    )
-    hostfile: str | None = doc(None, "multi_node: lines of `host slots=N`.")
-    num_nodes: Positive | None = doc(None, "multi_node: nodes to use.")
-    node_rank: NonNegative | None = doc(None, "multi_node, started by hand: this node's number.")
-    master_addr: str | None = doc(None, "multi_node: address of the first node.")
-    master_port: int | Literal["auto"] = doc("auto", "Rendezvous port; auto: a free one.")
-    include: str | None = doc(None, "Hosts and devices to use, `host:0,1@other`.")
-    exclude: str | None = doc(None, "Hosts and devices to leave out.")
-
-    @model_validator(mode="after")
-    def _nodes(self) -> LaunchConfig:
-        if self.include and self.exclude:
-            raise ValueError("include and exclude together: give one of them")
-        if self.deployment_type == "single_gpu" and (self.num_gpus or 1) > 1:
-            raise ValueError(
-                f"deployment_type single_gpu with num_gpus {self.num_gpus}: one process only; "
-                "use --deployment-type single_node"
-            )
-        return self
-
-
-class HubConfig(Section):
-    endpoint: str | None = doc(None, "Mirror of the hub; also HF_ENDPOINT.")
-    offline: bool = doc(False, "Use only what is in the local cache.")
-
-
-class TrackConfig(Section):
-    trackers: list[str] | Literal["auto"] = doc(
-        "auto",
-        "Besides metrics.jsonl: accelerate's trackers by name; auto: tensorboard if installed.",
-    )
-    project: str = doc("rlhf", "Project name for trackers that have one.")
-
-
 class RunConfig(Section):
     """One run: where it goes, what it reads, and the three steps."""
 
@@ -355,6 +303,7 @@ class RunConfig(Section):
     step1: SFTConfig = doc(SFTConfig, "Supervised fine-tuning.")
     step2: RewardConfig = doc(RewardConfig, "Reward model.")
     step3: RLConfig = doc(RLConfig, "PPO.")
+    checkpoint: CheckpointConfig = doc(CheckpointConfig, "Checkpoints and resuming.")
     track: TrackConfig = doc(TrackConfig, "Metrics.")
 
 
@@ -368,6 +317,9 @@ class ResolvedStep(Section):
         {}, "`sft`, `reward` -> verified artifact directory, HF directory or hub id."
     )
     inherited: dict[str, str] = doc({}, "Settings taken from a parent, with where they came from.")
+    learning_rate_scale: float = doc(
+        1.0, "Learning rates are multiplied by it: lower after the step has diverged once.", gt=0
+    )
     config: RunConfig = doc(RunConfig, "The whole run's configuration.")
 
 

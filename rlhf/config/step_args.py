@@ -10,12 +10,13 @@ from typing import Any
 
 from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value
 from rlhf.config.load import build_config, load_config, read_yaml, with_values
-from rlhf.config.resolve import check_batches, resolve_step
+from rlhf.config.resolve import check_batches, refuse_redacted, resolve_step
 from rlhf.config.schema import ResolvedStep
 from rlhf.errors import ConfigError
+from rlhf.redact import HIDDEN_SETTINGS, reveal
 
 PARENTS = ("sft", "reward")
-_SHARED = ("data.", "launch.", "hub.", "track.")
+_SHARED = ("data.", "launch.", "hub.", "checkpoint.", "track.")
 
 
 def step_config(argv: Sequence[str], step: int) -> ResolvedStep:
@@ -127,7 +128,9 @@ def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]
             )
         run_dir = Path(config.output_dir) / config.name
         return resolve_step(config, step, run_dir=run_dir, parents=parents)
+    content = reveal(content, _hidden_settings())
     config = with_values(build_config(content.pop("config"), {"": str(path)}), values)
+    refuse_redacted(config)
     unknown = sorted(content.keys() - ResolvedStep.model_fields.keys())
     if unknown or content.get("step") != step:
         what = f"has unknown keys {unknown}" if unknown else f"is for step {content.get('step')}"
@@ -137,6 +140,19 @@ def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]
         resolved = resolved.model_copy(update={"parents": {**resolved.parents, **parents}})
     check_batches(config, step, resolved.world_size)
     return resolved
+
+
+def _hidden_settings() -> dict[str, Any]:
+    """What the driver took out of resolved.json, since a file is no place for a secret."""
+    try:
+        hidden = json.loads(os.environ.get(HIDDEN_SETTINGS) or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{HIDDEN_SETTINGS}: not JSON ({type(error).__name__}); unset it"
+        ) from error
+    if not isinstance(hidden, dict):
+        raise ConfigError(f"{HIDDEN_SETTINGS}: must be a JSON object of settings; unset it")
+    return hidden
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from rlhf.data.batches import (
 )
 from rlhf.data.plan import plan_batches, whole_pass
 from rlhf.data.prepare import StageData, prepare
+from rlhf.data.replay import Replayable
 from rlhf.data.texts import texts
 
 __all__ = [
     "IGNORED",
     "PairBatch",
     "PromptBatch",
+    "Replayable",
     "SFTBatch",
     "StageData",
     "collate_pairs",

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,20 @@ import datasets
 import pyarrow as pa
 
 from rlhf.errors import DataError
+from rlhf.store import cache_root, private_directory
+from rlhf.store.files import fsync_directory
 
 _BATCH = 1000
+_ABANDONED_SECONDS = 3600.0
 
 
-def cache_root(setting: str | None) -> Path:
-    """The cache's directory, made if absent with mode 0700. Raises DataError: it cannot be made."""
-    base = os.environ.get("RLHF_CACHE")
-    root = Path(setting) if setting else Path(base or "~/.cache/rlhf") / "data"
-    root = root.expanduser().absolute()
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        root.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise _unusable(root, error) from error
-    return root
+def data_root(setting: str | None) -> Path:
+    """The cache's directory, made if absent with mode 0700.
+
+    Raises RequirementError: it cannot be made, or others than its owner can write there.
+    """
+    root = Path(setting).expanduser().absolute() if setting else cache_root() / "data"
+    return private_directory(root)
 
 
 def load(root: Path, key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None:
@@ -62,6 +62,7 @@ def store(root: Path, key: str, columns: dict[str, list[Any]], schema: pa.Schema
             digest = _file_sha256(temporary)
         with _replacing(root / f"{key}.json") as temporary:
             temporary.write_text(json.dumps({**info, "arrow_sha256": digest}, indent=1))
+        _sweep(root, key)
     except OSError as error:
         raise _unusable(root, error) from error
     return digest
@@ -77,8 +78,17 @@ def _replacing(path: Path) -> Iterator[Path]:
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
+        fsync_directory(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _sweep(root: Path, key: str) -> None:
+    """Removes what a killed process left of this key; another one may be writing the newer ones."""
+    for leftover in root.glob(f".{key}.*"):
+        with suppress(FileNotFoundError):
+            if leftover.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                leftover.unlink()
 
 
 def _file_sha256(path: Path) -> str:

@@ -69,7 +69,8 @@ def encode(
         flat = encoder.answers([getattr(one, name) for one, names in chunk for name in names])
         answers = iter(flat)
         for (sample, names), prompt in zip(chunk, prompts, strict=True):
-            row = _fit(prompt, [next(answers) for _ in names], encoder, limits, report)
+            ids = [next(answers) for _ in names]
+            row = _fit(prompt, ids, encoder, limits, report, sample.where)
             if row is not None:
                 _append(columns, step, sample, *row)
                 report.kept += 1
@@ -82,10 +83,11 @@ def _fit(
     encoder: Encoder,
     limits: Limits,
     report: DataReport,
+    where: str,
 ) -> tuple[list[int], list[list[int]]] | None:
     long_prompt = len(prompt) > limits.prompt
     if long_prompt and limits.long_prompts == "drop":
-        report.dropped["prompt over the limit"] += 1
+        report.add_dropped("prompt over the limit", where)
         return None
     if long_prompt:
         head = prompt[:1] if encoder.bos else []
@@ -95,12 +97,11 @@ def _fit(
     if len(fitting) == 2 and fitting[0] == fitting[1]:
         alike = answers[0] == answers[1]
         reason = "chosen and rejected have the same tokens" if alike else "pair equal once cut"
-        report.dropped[reason] += 1
+        report.add_dropped(reason, where)
         return None
     cut = sum(len(a) < len(b) for a, b in zip(fitting, answers, strict=True))
-    for what, count in (("prompt", int(long_prompt)), ("answer", cut)):
-        if count:
-            report.truncated[what] += count
+    report.add_truncated("prompt", int(long_prompt), where)
+    report.add_truncated("answer", cut, where)
     return prompt, fitting
 
 

@@ -26,7 +26,7 @@ from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError
 
 # Raise it when the same settings and data would give other rows.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Split = Literal["train", "eval"]
 
 
@@ -82,7 +82,7 @@ def prepare(
     request = _Request(data, step, seed, limits, response_column, split)
     encoder = Encoder(tokenizer, data.template)
     sets = open_data_sets(data)
-    root = cache.cache_root(data.cache_dir)
+    root = cache.data_root(data.cache_dir)
     key = _key(request, encoder, tokenizer, sets)
     found = cache.load(root, key)
     if found is None:
@@ -151,7 +151,8 @@ def _read(
         by_role: tuple[set[str], set[str]] = (set(), set())
         for part in sorted(one.parts, key=lambda part: part.fingerprint):
             for sample in _samples(part, maker, report):
-                report.duplicates += sample.key in seen
+                if sample.key in seen:
+                    report.add_duplicate(sample.where)
                 seen.add(sample.key)
                 by_role[part.held_out].add(sample.key)
                 rows.append(_Found(sample, part.held_out))
@@ -168,7 +169,7 @@ def _samples(part: Part, maker: SampleMaker, report: DataReport) -> Iterator[Sam
                 raise row
             yield maker(row, where)
         except NoPreference as reason:
-            report.dropped[str(reason)] += 1
+            report.add_dropped(str(reason), where)
         except BadRow as reason:
             report.add_bad(str(reason), where)
 
@@ -188,7 +189,7 @@ def _select(
     by_key: dict[str, list[Sample]] = {}
     for row in rows:
         if row.sample.key in brought and not row.held_out:
-            report.dropped["training row that is also held out"] += 1
+            report.add_dropped("training row that is also held out", row.sample.where)
         elif row.sample.key in wanted:
             by_key.setdefault(row.sample.key, []).append(row.sample)
         else:
@@ -214,7 +215,7 @@ def _usable(
         lacking = [c for c, text in zip(columns, texts, strict=True) if text is None]
         empty = [c for c, t in zip(columns, texts, strict=True) if t is not None and not t.strip()]
         if lacking and request.split == "eval":
-            report.dropped[f"held-out row without {lacking[0]!r}"] += 1
+            report.add_dropped(f"held-out row without {lacking[0]!r}", sample.where)
         elif lacking:
             report.add_bad(f"column {lacking[0]!r} is missing", sample.where)
         elif empty:

@@ -19,6 +19,7 @@ class DataReport:
     `bad`: reason -> (count, first places). `dropped`: reason -> count. `truncated`: what was cut
     (`prompt`, `answer`; a pair has two answers) -> count, among the kept rows. `duplicates`: rows
     whose content was read before; they are kept. `elsewhere`: rows of other steps or splits.
+    `places`: the first places of what is dropped, truncated or a duplicate, by its name in `lines`.
     """
 
     read: int = 0
@@ -28,6 +29,7 @@ class DataReport:
     bad: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def bad_rows(self) -> int:
@@ -39,6 +41,32 @@ class DataReport:
         count, places = self.bad.get(reason, (0, []))
         self.bad[reason] = (count + 1, [*places, where] if count < _PLACES else places)
 
+    def add_dropped(self, reason: str, where: str) -> None:
+        """Count a row that is left out, though nothing is wrong with it."""
+        self.dropped[reason] += 1
+        self._remember(f"dropped: {reason}", where)
+
+    def add_truncated(self, what: str, count: int, where: str) -> None:
+        """Count what was cut in a row that is kept."""
+        if count:
+            self.truncated[what] += count
+            self._remember(f"truncated: {what}", where)
+
+    def add_duplicate(self, where: str) -> None:
+        """Count a row whose content was read before."""
+        self.duplicates += 1
+        self._remember("duplicates", where)
+
+    def _remember(self, name: str, where: str) -> None:
+        places = self.places.setdefault(name, [])
+        if len(places) < _PLACES:
+            places.append(where)
+
+    def _located(self, name: str, count: int) -> str:
+        places = self.places.get(name, [])
+        more = ", ..." if count > len(places) else ""
+        return f"{name}: {count}" + (f" ({', '.join(places)}{more})" if places else "")
+
     def lines(self) -> list[str]:
         """For printing: a summary and one line per peculiarity."""
         lines = [
@@ -48,10 +76,11 @@ class DataReport:
         for reason, (count, places) in sorted(self.bad.items()):
             more = ", ..." if count > len(places) else ""
             lines.append(f"bad: {reason}: {count} ({', '.join(places)}{more})")
-        lines += [f"dropped: {reason}: {n}" for reason, n in sorted(self.dropped.items())]
-        lines += [f"truncated: {what}: {n}" for what, n in sorted(self.truncated.items())]
+        for kind, counts in (("dropped", self.dropped), ("truncated", self.truncated)):
+            lines += [self._located(f"{kind}: {what}", n) for what, n in sorted(counts.items())]
         if self.duplicates:
-            lines.append(f"duplicates: {self.duplicates} (kept; never in two steps)")
+            found = self._located("duplicates", self.duplicates)
+            lines.append(f"{found}: kept, and never in two steps")
         return lines
 
     def check(self, max_bad_rows: int) -> None:

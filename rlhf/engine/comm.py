@@ -76,6 +76,15 @@ def gather_lists(items: list[Any]) -> list[Any]:
     return [item for part in parts for item in part]
 
 
+def broadcast_object(item: Any) -> Any:
+    """Rank 0's plain object, on every rank."""
+    if world_size() == 1:
+        return item
+    box = [item]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Each node's first rank runs the body before its others: they find its result in a cache."""

@@ -25,6 +25,15 @@ class WeightEMA:
     def update(self) -> None:
         ema_update(self.averages, [local_tensor(p) for p in self._parameters], self.decay)
 
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's averages, for an exact resume."""
+        return {"averages": self.averages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the averages of `state_dict`."""
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within, the live model holds the averages (to publish it)."""

@@ -15,9 +15,19 @@ from rlhf.engine.config import deepspeed_config
 from rlhf.engine.ops import announce_compile
 from rlhf.engine.optim import build_optimizer, build_scheduler, param_groups
 from rlhf.engine.zero3 import hidden_size
-from rlhf.errors import UserError
+from rlhf.errors import Diverged
 
 T = TypeVar("T")
+DIVERGED = (
+    "training has diverged. Lower the learning rate, warm it up (optim.warmup), clip gradients "
+    "(optim.max_grad_norm 1), or use dtype float32"
+)
+
+
+def rows_of(micro_batch: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a batch (a dataclass of tensors) by name; {} for anything else."""
+    values = vars(micro_batch) if hasattr(micro_batch, "__dict__") else {}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 class TrainEngine:
@@ -68,6 +78,25 @@ class TrainEngine:
     def learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
 
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Of each parameter group: what the settings say of the optimiser (lr, betas, ...)."""
+        groups = self.deepspeed.optimizer.param_groups
+        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+    def set_hyperparameters(self, wanted: Sequence[dict[str, Any]], scale: float = 1.0) -> None:
+        """`hyperparameters` of a new engine, at the present place of the schedule; rates x scale.
+
+        A checkpoint brings its own; this is how changed settings reach a resumed run.
+        """
+        schedule: Any = self.scheduler  # transformers' schedules are all LambdaLR
+        schedule.base_lrs = [values["initial_lr"] * scale for values in wanted]
+        groups = self.deepspeed.optimizer.param_groups
+        for group, values, rate, factor in zip(
+            groups, wanted, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group.update(values, initial_lr=rate, lr=rate * factor(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in groups]
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients."""
@@ -90,24 +119,30 @@ class TrainEngine:
             The gradient norm over all ranks, before clipping.
 
         Raises:
-            UserError: a loss is not finite. (DeepSpeed's norms do not tell: they mask NaN.)
+            Diverged: a loss or the gradient is not finite; names the micro-batch.
         """
-        total = torch.zeros((), device=self.device)
+        losses: list[torch.Tensor] = []
         for index, micro_batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             value = loss(micro_batch) * comm.world_size()
-            total += value.detach()
+            losses.append(value.detach())
             self.deepspeed.backward(value, scale_wrt_gas=False)
             norm = self._plain_grad_norm() if index == len(micro_batches) - 1 else 0.0
             self.deepspeed.step()
-        if not torch.isfinite(total):
-            raise UserError(
-                f"the training loss is {float(total)}: training has diverged. Lower the learning "
-                "rate, warm it up (optim.warmup), clip gradients (optim.max_grad_norm 1), or use "
-                "dtype float32."
+        finite = torch.isfinite(torch.stack(losses))
+        if not bool(finite.all()):
+            at = int((~finite).nonzero()[0, 0])
+            raise Diverged(
+                f"the training loss is {float(losses[at])}: {DIVERGED}", rows_of(micro_batches[at])
             )
         reported = self.deepspeed.get_global_grad_norm()
-        return float(reported) if reported else norm
+        norm = float(reported) if reported else norm
+        # DeepSpeed's word for a norm that is NaN or infinite is -1; under fp16 it skips that step.
+        if not norm >= 0 or norm == float("inf"):
+            if self.deepspeed.fp16_enabled():
+                return norm
+            raise Diverged(f"the gradient is not finite: {DIVERGED}", rows_of(micro_batches[0]))
+        return norm
 
     def _plain_grad_norm(self) -> float:
         """Norm at ZeRO-0 in fp32, where DeepSpeed reports none and gradients are whole."""

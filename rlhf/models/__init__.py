@@ -5,14 +5,13 @@ from rlhf.models.info import check_positions, describe
 from rlhf.models.loading import choose_dtype
 from rlhf.models.save import Snapshot, model_card
 from rlhf.models.scalar import ScalarModel, last_values, load_scalar
-from rlhf.models.spec import cache_root, materialise
+from rlhf.models.spec import materialise
 from rlhf.models.tokenizer import fingerprint, load_tokenizer
 
 __all__ = [
     "CausalModel",
     "ScalarModel",
     "Snapshot",
-    "cache_root",
     "check_positions",
     "choose_dtype",
     "describe",

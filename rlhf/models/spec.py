@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,15 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import RequirementError
 from rlhf.models.tiny import build_tiny
-
-_MADE_FROM = "MADE_FROM"
-
-
-def cache_root() -> Path:
-    """`$RLHF_CACHE` or `~/.cache/rlhf`; only its owner may read it."""
-    root = Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf")
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return root
+from rlhf.store import cache_root, make_once, private_directory
 
 
 def materialise(name: str, *, made_in: Path, texts: Callable[[], Iterable[str]], seed: int) -> str:
@@ -35,8 +24,11 @@ def materialise(name: str, *, made_in: Path, texts: Callable[[], Iterable[str]],
 
     One process per node calls this first; the others then find what it made.
 
+    What it makes is an artifact of kind "base": one that is partial or damaged is made again.
+
     Raises:
         RequirementError: no such file or package, or the `gguf` package is missing.
+        ArtifactError: it cannot be written.
     """
     if name.startswith("tiny:"):
         return _make_tiny(name.removeprefix("tiny:"), made_in, texts, seed)
@@ -48,18 +40,16 @@ def materialise(name: str, *, made_in: Path, texts: Callable[[], Iterable[str]],
 
 
 def _make_tiny(family: str, made_in: Path, texts: Callable[[], Iterable[str]], seed: int) -> str:
-    """Kept as long as family, seed and texts are the same: a run's settings may have changed."""
+    """Kept while family, seed and texts are the same: a run's settings may have changed."""
     digest = hashlib.sha256(f"{family}\n{seed}\n".encode())
     for text in texts():
         digest.update(text.encode() + b"\0")
-    mark = made_in / _MADE_FROM
-    if not mark.is_file() or mark.read_text(encoding="ascii") != digest.hexdigest():
-
-        def make(directory: Path) -> None:
-            build_tiny(family, texts(), directory, seed=seed)
-            (directory / _MADE_FROM).write_text(digest.hexdigest(), encoding="ascii")
-
-        _make_whole(made_in, make)
+    make_once(
+        made_in,
+        lambda directory: build_tiny(family, texts(), directory, seed=seed),
+        made_from=digest.hexdigest(),
+        origin={"name": f"tiny:{family}", "seed": seed},
+    )
     return str(made_in)
 
 
@@ -95,10 +85,14 @@ def _convert_gguf(file: Path) -> str:
         digest = hashlib.sha256()
         while block := stream.read(1 << 22):
             digest.update(block)
-    target = cache_root() / "models" / f"{file.stem}-{digest.hexdigest()[:16]}"
-    if not (target / "config.json").is_file():
+    models = private_directory(cache_root() / "models")
+    target = models / f"{file.stem}-{digest.hexdigest()[:16]}"
+
+    def write(directory: Path) -> None:
         print(f"Converting {file.name} to {target} (once)", flush=True)
-        _make_whole(target, lambda directory: _write_converted(file, directory))
+        _write_converted(file, directory)
+
+    make_once(target, write, made_from=digest.hexdigest(), origin={"file": str(file)})
     return str(target)
 
 
@@ -122,16 +116,3 @@ def _write_converted(file: Path, directory: Path) -> None:
     clean.tie_weights()
     clean.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def _make_whole(target: Path, make: Callable[[Path], None]) -> None:
-    """Makes a directory beside the target and renames it: it is there whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        make(scratch)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

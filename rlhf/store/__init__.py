@@ -1,5 +1,6 @@
 """Run directories and artifacts: written atomically, proven before use. Imports no torch."""
 
+from rlhf.store.files import cache_root, private_directory
 from rlhf.store.jsonio import (
     canonical_json,
     fingerprint,
@@ -7,6 +8,7 @@ from rlhf.store.jsonio import (
     pretty_json,
     read_json,
     write_json_atomic,
+    write_text_atomic,
 )
 from rlhf.store.layout import ARTIFACTS, STEP_DIRS, RunDir
 from rlhf.store.manifest import (
@@ -18,7 +20,7 @@ from rlhf.store.manifest import (
     read_manifest,
     verify,
 )
-from rlhf.store.publishing import library_versions, publish
+from rlhf.store.publishing import library_versions, make_once, publish
 from rlhf.store.tokenizer import tokenizer_fingerprint
 
 __all__ = [
@@ -30,15 +32,19 @@ __all__ = [
     "Manifest",
     "ParentRecord",
     "RunDir",
+    "cache_root",
     "canonical_json",
     "fingerprint",
     "jsonable",
     "library_versions",
+    "make_once",
     "pretty_json",
+    "private_directory",
     "publish",
     "read_json",
     "read_manifest",
     "tokenizer_fingerprint",
     "verify",
     "write_json_atomic",
+    "write_text_atomic",
 ]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rlhf.errors import ArtifactError, UserError
+from rlhf.errors import ArtifactError, RequirementError, UserError
 
 CHUNK = 1 << 20
 _REMEDIES = {
@@ -43,7 +43,8 @@ def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[N
         yield
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        if code is None and os.strerror(errno.ENOSPC).lower() in str(error).lower():
+        full = (os.strerror(errno.ENOSPC).lower(), "pytorchstreamwriter failed writing")
+        if code is None and any(text in str(error).lower() for text in full):
             code = errno.ENOSPC
         if code not in _REMEDIES:
             raise
@@ -156,16 +157,48 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
+def private_directory(path: Path) -> Path:
+    """`path`, made with mode 0700 if absent. What is read back from it must be what we wrote.
+
+    Raises RequirementError: it cannot be made, another user owns it, or everybody may write there.
+    """
+    remedy = "choose a directory of your own with RLHF_CACHE (or data.cache_dir)"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+        raise RequirementError(f"cache {path}: cannot be made ({problem}); {remedy}") from error
+    if status.st_uid != os.geteuid():
+        raise RequirementError(
+            f"cache {path}: it belongs to another user (uid {status.st_uid}, this is "
+            f"{os.geteuid()}), who could put things there that this run would trust; {remedy}"
+        )
+    if status.st_mode & stat.S_IWOTH:
+        raise RequirementError(
+            f"cache {path}: every user may write there (mode {stat.S_IMODE(status.st_mode):04o}), "
+            f"and this run would trust what they put there: chmod o-w {path}, or {remedy}"
+        )
+    return path
+
+
+def cache_root() -> Path:
+    """`$RLHF_CACHE` or `~/.cache/rlhf`, where only its owner may write. Raises RequirementError."""
+    root = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser().absolute()
+    return private_directory(root)
+
+
 @contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path, wait: bool = False) -> Iterator[None]:
     """Holds `directory`'s lock; the system frees it when the process dies, however it dies.
 
-    Raises ArtifactError if another process holds it.
+    Raises ArtifactError if another process holds it; with `wait`, waits for that one's end.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ArtifactError(

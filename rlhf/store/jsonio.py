@@ -63,15 +63,21 @@ def write_json_atomic(path: Path | str, value: Any) -> None:
 
     Raises RequirementError (disk full, read-only directory) with the old file intact.
     """
+    write_text_atomic(path, pretty_json(value))
+
+
+def write_text_atomic(path: Path | str, text: str, mode: int | None = None) -> None:
+    """Writes a text (UTF-8) as `write_json_atomic` does; `mode`: the file's permissions."""
     path = Path(path)
-    text = pretty_json(value)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path, RequirementError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "w", encoding="ascii") as stream:
+            with open(temporary, "w", encoding="utf-8", newline="") as stream:
                 stream.write(text)
                 stream.flush()
+                if mode is not None:
+                    os.fchmod(stream.fileno(), mode)
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
         finally:

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from rlhf.errors import ArtifactError
 from rlhf.store.files import (
     disk_errors,
@@ -23,7 +25,7 @@ from rlhf.store.files import (
     scan,
 )
 from rlhf.store.jsonio import fingerprint, jsonable, pretty_json
-from rlhf.store.manifest import MANIFEST, Manifest, path_problem
+from rlhf.store.manifest import MANIFEST, Manifest, path_problem, verify
 
 PACKAGES = (
     "rlhf-pipeline",
@@ -84,15 +86,60 @@ def publish(
     with disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(destination.parent):
-            clean(destination)
-            temporary = _sibling(destination, "tmp")
-            temporary.mkdir()
-            try:
-                write(temporary)
-                manifest = _finish(temporary, content)
-                _put(temporary, destination)
-            finally:
-                remove(temporary)
+            return _replace(destination, write, content)
+
+
+def make_once(
+    destination: Path, write: Callable[[Path], object], *, made_from: str, origin: Mapping[str, Any]
+) -> None:
+    """A "base" artifact at `destination`: kept if it verifies and was made from the same, else
+    made with `write(directory)`, as `publish` does.
+
+    `made_from`: hash of all that it is made of; `origin` says the same to a person. Others that
+    make it at the same time are waited for. Raises as `publish` does.
+    """
+    content = jsonable(
+        {
+            "format": 1,
+            "kind": "base",
+            "step": 0,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "parents": {},
+            "data_fingerprint": made_from,
+            "tokenizer_fingerprint": "",
+            "config": origin,
+            "versions": library_versions(),
+            "metrics": {},
+        }
+    )
+    if _is_whole(destination, made_from):
+        return
+    with disk_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(destination.parent, wait=True):
+            if not _is_whole(destination, made_from):
+                _replace(destination, write, content)
+
+
+def _is_whole(base: Path, made_from: str) -> bool:
+    try:
+        return verify(base, "base").data_fingerprint == made_from
+    except ArtifactError:
+        return False
+
+
+def _replace(
+    destination: Path, write: Callable[[Path], object], content: dict[str, Any]
+) -> Manifest:
+    clean(destination)
+    temporary = _sibling(destination, "tmp")
+    temporary.mkdir()
+    try:
+        write(temporary)
+        manifest = _finish(temporary, content)
+        _put(temporary, destination)
+    finally:
+        remove(temporary)
     return manifest
 
 
@@ -122,6 +169,17 @@ def _sibling(destination: Path, what: str) -> Path:
 
 def _finish(directory: Path, content: dict[str, Any]) -> Manifest:
     """Hashes what was written and writes the manifest, last."""
+    return Manifest.model_validate(seal(directory, content, MANIFEST, Manifest))
+
+
+def seal(
+    directory: Path, content: dict[str, Any], name: str, kind: type[BaseModel]
+) -> dict[str, Any]:
+    """Writes the record `name` with the hash and size of every file, last; all of it on the disk.
+
+    Returns the record: `content` with `files` and `id`. `kind` validates it before it is written.
+    Raises ArtifactError: nothing in the directory, a link, an unusable file name.
+    """
     sizes = scan(directory)
     for relative in sizes:
         if problem := path_problem(relative):
@@ -134,14 +192,14 @@ def _finish(directory: Path, content: dict[str, Any]) -> Manifest:
     files = {path: {"sha256": digests[path], "size": sizes[path]} for path in sizes}
     content = {**content, "files": files}
     content["id"] = fingerprint(content)
-    manifest = Manifest.model_validate(content)
+    kind.model_validate(content)
     fsync_tree(directory)
-    with open(directory / MANIFEST, "x", encoding="ascii") as stream:
+    with open(directory / name, "x", encoding="ascii") as stream:
         stream.write(pretty_json(content))
         stream.flush()
         os.fsync(stream.fileno())
     fsync_directory(directory)
-    return manifest
+    return content
 
 
 def _put(temporary: Path, destination: Path) -> None:

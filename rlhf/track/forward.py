@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.config.schema import TrackConfig
 from rlhf.errors import ConfigError, RequirementError
+from rlhf.redact import redact_tree
 
 _FAILURES = 3
 
@@ -24,6 +25,8 @@ class Place:
     step_dir: Path
     step: int
     project: str
+    done: int = 0
+    """Optimiser steps that are logged already, before a resume."""
 
     @property
     def run_name(self) -> str:
@@ -43,7 +46,11 @@ TRACKERS: dict[str, TrackerKind] = {
     "tensorboard": TrackerKind(
         "tensorboard",
         "tensorboard",
-        lambda place: {"run_name": "tensorboard", "logging_dir": place.step_dir},
+        lambda place: {
+            "run_name": "tensorboard",
+            "logging_dir": place.step_dir,
+            **({"purge_step": place.done + 1} if place.done else {}),
+        },
     ),
     # One aim repository for the steps of a run: `aim up --repo output/NAME`.
     "aim": TrackerKind(
@@ -144,7 +151,7 @@ class Forward:
         tracker.main_process_only = False
         tracker.start()
         self._tracker = tracker
-        tracker.store_init_configuration(flatten(config))
+        tracker.store_init_configuration(redact_tree(flatten(config)))
 
     def _guard(self, call: Callable[[], None]) -> None:
         try:

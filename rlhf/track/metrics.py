@@ -21,23 +21,32 @@ _NON_FINITE = {text: float(text) for text in ("NaN", "Infinity", "-Infinity")}
 class MetricsFile:
     """Appends lines `{"step", "time", "seconds", **metrics}`; each is on the disk's way at once.
 
-    `time` is the Unix time, `seconds` counts from this object's start. NaN and infinities are
-    stored as the texts NaN, Infinity, -Infinity, so every line is valid JSON. A part of a line
-    that a killed process left is cut off. Raises RequirementError if the file cannot be opened.
+    `time` is the Unix time, `seconds` counts from this object's start, after a resume from where
+    it had come. NaN and infinities are stored as the texts NaN, Infinity, -Infinity, so every line
+    is valid JSON. A part of a line that a killed process left is cut off, and so is what was logged
+    after the checkpoint that a resumed run goes on from (`keep_bytes`: the length that it noted).
+    Raises RequirementError if the file cannot be opened.
     """
 
-    def __init__(self, step_dir: Path) -> None:
+    def __init__(self, step_dir: Path, keep_bytes: int | None = None) -> None:
         self.path = step_dir / NAME
-        self._start = time.monotonic()
         try:
             step_dir.mkdir(parents=True, exist_ok=True)
             self._stream = open(self.path, "a+b", buffering=0)  # noqa: SIM115  closed in close()
+            if keep_bytes is not None and keep_bytes < self.length:
+                self._stream.truncate(keep_bytes)
             _cut_partial_line(self._stream)
+            self._start = time.monotonic() - _last_seconds(self.path)
         except OSError as error:
             raise RequirementError(
                 f"{self.path}: cannot be written ({error.strerror}); "
                 "make the directory writable, or choose another --output-dir"
             ) from error
+
+    @property
+    def length(self) -> int:
+        """Bytes written so far, whole lines."""
+        return os.fstat(self._stream.fileno()).st_size
 
     def write(self, metrics: Mapping[str, Any], step: int) -> None:
         """Raises ValueError for a metric with a reserved name, OSError if the disk refuses; then
@@ -84,6 +93,15 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
                 f"{path}:{number}: not a line of metrics ({error}); delete that line"
             ) from error
     return rows
+
+
+def _last_seconds(path: Path) -> float:
+    """Where the time had come in the file's last line; 0 for a new file."""
+    rows = path.read_bytes().splitlines()
+    try:
+        return float(json.loads(rows[-1])["seconds"]) if rows else 0.0
+    except (ValueError, KeyError, TypeError):
+        return 0.0  # a line that read_metrics will name
 
 
 def _number(value: Any) -> Any:

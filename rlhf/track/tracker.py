@@ -44,6 +44,11 @@ class Tracker:
         for forward in self._forwards:
             forward.log(numbers, step)
 
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl; 0 on other ranks than 0."""
+        return self._file.length if self._file is not None else 0
+
     def close(self) -> None:
         """Ends all trackers; a second call does nothing."""
         forwards, self._forwards = self._forwards, []
@@ -61,19 +66,28 @@ class Tracker:
 
 
 def open_tracker(
-    track: TrackConfig, step_dir: Path | str, *, step: int, rank: int, config: Mapping[str, Any]
+    track: TrackConfig,
+    step_dir: Path | str,
+    *,
+    step: int,
+    rank: int,
+    config: Mapping[str, Any],
+    keep_bytes: int | None = None,
+    done: int = 0,
 ) -> Tracker:
     """The tracker of pipeline step `step` (1, 2, 3); `config` is stored with each tracker's run.
 
-    Raises, before anything is written: ConfigError (unknown tracker, on every rank),
-    RequirementError (package missing, or step_dir not writable; rank 0).
+    After a resume, `keep_bytes` of metrics.jsonl are kept, and trackers that can (tensorboard) drop
+    what they have beyond `done` optimiser steps. Raises, before anything is written: ConfigError
+    (unknown tracker, on every rank), RequirementError (package missing, or step_dir not writable;
+    rank 0).
     """
     names = tracker_names(track)
     if rank != 0:
         return Tracker()
     require_packages(names)
-    place = Place(Path(step_dir), step, track.project)
-    file = MetricsFile(place.step_dir)
+    place = Place(Path(step_dir), step, track.project, done)
+    file = MetricsFile(place.step_dir, keep_bytes)
     return Tracker(file, [Forward(name, place, config) for name in names])
 
 

@@ -12,7 +12,8 @@ from rlhf.store import STEP_DIRS, RunDir, jsonable, publish
 KINDS = {1: "sft", 2: "reward", 3: "ppo"}
 PARENTS = {1: [], 2: ["sft"], 3: ["sft", "reward"]}
 
-# A step that behaves as $FAKE says, for the step in $FAKE_STEP only (default: all).
+# A step that behaves as $FAKE says, for the step in $FAKE_STEP only (default: all). Of modes with
+# commas between them, each start takes the next; `attempts.jsonl` has what each was told.
 SCRIPT = """
 import json, os, sys, time, pathlib
 sys.path.insert(0, {root!r})
@@ -21,6 +22,12 @@ step, run = resolved["step"], pathlib.Path(resolved["run_dir"])
 mode = os.environ.get("FAKE", "ok")
 if os.environ.get("FAKE_STEP", str(step)) != str(step):
     mode = "ok"
+with (run / "attempts.jsonl").open("a+") as attempts:
+    attempts.write(json.dumps(resolved) + "\\n")
+    attempts.seek(0)
+    modes = mode.split(",")
+    mine = [line for line in attempts if json.loads(line)["step"] == step]
+    mode = modes[min(len(mine), len(modes)) - 1]
 logs = run / {dirs!r}[step] / "logs"
 print("this is step", step, "as", mode, flush=True)
 
@@ -45,13 +52,47 @@ if mode == "fail":
     print("Traceback: it broke", file=sys.stderr)
 elif mode == "requirement":
     record(exit_code=3, type="DataError", message="rows.jsonl: no rows; give --data-path")
+elif mode == "diverge":
+    record(type="Diverged", message="the training loss is nan")
+elif mode == "save_and_fail":
+    from tests.unit.driver_help import make_checkpoint
+    make_checkpoint(run, step, resolved)
+    record()
 elif mode == "memory":
     record(type="OutOfMemoryError", message="CUDA out of memory.")
 elif mode == "sleep":
     (run / "asleep").write_text(str(os.getpid()) + "\\n")
     time.sleep(600)
-sys.exit(mode in ("fail", "memory", "crash_after") or (3 if mode == "requirement" else 0))
+failed = ("fail", "memory", "crash_after", "diverge", "save_and_fail")
+sys.exit(mode in failed or (3 if mode == "requirement" else 0))
 """
+
+
+def make_checkpoint(run: Path, step: int, resolved: dict[str, Any], position: int = 7) -> Path:
+    """A checkpoint as the step would save it, but for what the ranks write."""
+    from rlhf.config.resolve import decisive
+    from rlhf.store import MANIFEST, checkpoints, read_manifest
+
+    parents: dict[str, str] = {}
+    for name, place in resolved["parents"].items():
+        ours = (Path(place) / MANIFEST).is_file()
+        parents[name] = read_manifest(place).id if ours else place
+    resume = RunDir(run).resume(step)
+    temporary = checkpoints.begin(resume, position)
+    (temporary / "rank0.pt").write_bytes(b"state")
+    return checkpoints.finish(
+        temporary,
+        resume,
+        {
+            "step": step,
+            "position": position,
+            "world_size": resolved["world_size"],
+            "engines": {},
+            "settings": decisive(resolved["config"], step),
+            "parents": parents,
+            "data_fingerprint": "d" * 64,
+        },
+    )
 
 
 def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | None = None) -> str:

@@ -22,10 +22,11 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 # file or folder -> what of ours it may import (itself always)
 MAY_IMPORT = {
-    "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors"),
-    "launch": ("rlhf.config", "rlhf.store", "rlhf.errors"),
+    "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact"),
+    "launch": ("rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact"),
     "rlhf/errors.py": (),
-    "rlhf/config": ("rlhf.errors",),
+    "rlhf/redact.py": (),
+    "rlhf/config": ("rlhf.errors", "rlhf.redact"),
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
     "rlhf/algo": (),
     **{step: ("rlhf", step) for step in STEPS},

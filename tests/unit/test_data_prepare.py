@@ -16,7 +16,7 @@ from rlhf.data import cache
 from rlhf.data.report import DataReport
 from rlhf.data.templates import apply_template
 from rlhf.data.tokenizers import Encoder, prepare_tokenizer
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, RequirementError
 from tests.unit.data_help import (
     SHARED,
     gpt2_like,
@@ -73,7 +73,7 @@ def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
     assert data.report.kept == 2
     data = run(path, tokenizer, tmp_path / "c", long_prompts="drop", **limits)
     assert (data.report.kept, data.report.dropped) == (1, {"prompt over the limit": 1})
-    assert "dropped: prompt over the limit: 1" in data.report.lines()
+    assert f"dropped: prompt over the limit: 1 ({path}:2)" in data.report.lines()
 
 
 def test_long_answers_are_cut_and_equal_pairs_dropped(tmp_path: Path) -> None:
@@ -238,11 +238,11 @@ def test_cache_place_and_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert data.dataset.cache_files[0]["filename"].startswith(str(store))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RLHF_CACHE", raising=False)
-    assert cache.cache_root(None) == tmp_path / "home/.cache/rlhf/data"
+    assert cache.data_root(None) == tmp_path / "home/.cache/rlhf/data"
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "mine"))
-    assert cache.cache_root(None) == tmp_path / "mine/data"
+    assert cache.data_root(None) == tmp_path / "mine/data"
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"set data\.cache_dir"):
+    with pytest.raises(RequirementError, match=r"data\.cache_dir"):
         run(path, gpt2_like(), tmp_path / "file")
 
 

@@ -30,7 +30,7 @@ PAGES = sorted(
 DECISIONS = ROOT / "docs" / "decisions"
 COMING_FROM = ROOT / "docs" / "coming-from.md"
 STEP_SCRIPTS = {"step1_sft/main.py": 1, "step2_reward/main.py": 2, "step3_ppo/main.py": 3}
-_TOP = r"(?:step[123]|data|launch|hub|track)"
+_TOP = r"(?:step[123]|data|launch|hub|checkpoint|track)"
 
 # The flags of DeepSpeed-Chat's scripts at DeepSpeedExamples 83757d9c, by the headings of our page.
 DEEPSPEED_CHAT = {

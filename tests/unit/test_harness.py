@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from rlhf import harness
 from rlhf.config.schema import ResolvedStep, RunConfig
-from rlhf.errors import ArtifactError, ConfigError, DataError
-from rlhf.harness import StepRun, run_step
+from rlhf.errors import ArtifactError, ConfigError, DataError, Diverged, RequirementError
+from rlhf.harness import StepRun, Stopped, only_one, run_step
 from rlhf.store import verify
 from tests.unit import model_help as help_
 from tests.unit.driver_help import make_artifact
@@ -43,6 +44,7 @@ def in_fork(tmp_path: Path, main: Callable[[StepRun], None], rank: int = 0) -> t
             os.environ.pop("WORLD_SIZE", None)
             sys.argv = ["main.py", "--config", str(path)]
             sys.stdout = sys.stderr = stream
+            os.dup2(stream.fileno(), 2)
             try:
                 run_step(1, main)
             finally:
@@ -276,13 +278,67 @@ def test_the_oom_remedy_is_ordered_by_cost() -> None:
     assert places == sorted(places)
 
 
+def test_a_signal_outside_the_training_loop_ends_at_once(tmp_path: Path) -> None:
+    """Nothing is there to save yet: exit code 128 + the signal, and where it was."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+
+        def main(run: StepRun, number: int = number) -> None:
+            with run.phase("load the model"):
+                os.kill(os.getpid(), number)
+                raise AssertionError("goes on after the signal")
+
+        code, console = in_fork(tmp_path, main)
+        assert code == 128 + number
+        assert f"stopped by {signal.Signals(number).name} in: load the model" in console
+
+
+def test_in_the_training_loop_a_signal_is_only_noted(tmp_path: Path) -> None:
+    """The loop saves and raises Stopped; SIGTERM may come again, from launchers."""
+
+    def main(run: StepRun) -> None:
+        run.can_save = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.stop == signal.SIGTERM
+        raise Stopped(run.stop)
+
+    code, _ = in_fork(tmp_path, main)
+    assert code == 143
+    assert record(tmp_path) is None
+
+
+def test_a_second_start_waits_for_the_first(tmp_path: Path) -> None:
+    """Ranks that outlive their driver may be saving: the next start waits, then refuses."""
+    run = StepRun(resolved(tmp_path), rank=0)
+    run.step_dir.mkdir(parents=True)
+    with only_one(run):
+        second = only_one(run, wait=0.2)
+        with pytest.raises(RequirementError, match=r"earlier start still work here after 0 s"):
+            second.__enter__()
+        with only_one(StepRun(resolved(tmp_path), rank=1), wait=0.2):
+            pass
+    with only_one(run, wait=0.2):
+        pass
+
+
+def test_the_rows_of_a_divergence_are_kept(tmp_path: Path) -> None:
+    def main(run: StepRun) -> None:
+        raise Diverged("the loss is nan", {"input_ids": torch.tensor([[1, 2]])})
+
+    code, console = in_fork(tmp_path, main)
+    place = tmp_path / "step1_sft" / "diverged" / "rank0.safetensors"
+    assert code == 1
+    assert load_file(place)["input_ids"].tolist() == [[1, 2]]
+    assert f"The rows are in {place}" in console
+    wrote = record(tmp_path)
+    assert wrote is not None
+    assert wrote["type"] == "Diverged"
+
+
 def test_figures_of_an_earlier_try_are_kept_apart(tmp_path: Path) -> None:
     """A step that starts again begins a new metrics.jsonl; nothing of the old one is lost."""
-    step_dir = tmp_path / "step1_sft"
-    step_dir.mkdir()
-    (step_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    code, _ = in_fork(tmp_path, lambda run: None)
-    assert code == 0
-    assert not (step_dir / "metrics.jsonl").exists()
-    (kept,) = step_dir.glob("metrics.*.jsonl")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    harness.put_away(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    (kept,) = tmp_path.glob("metrics.*.jsonl")
     assert kept.read_text() == '{"step": 1}\n'

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, Part, Row
 from rlhf.data.sources.files import READERS, open_local, open_url
+from rlhf.data.sources.http import open_http
 from rlhf.data.sources.hub import open_hub
 from rlhf.data.sources.sample import open_sample
 
@@ -15,6 +16,7 @@ __all__ = ["SOURCES", "BadRow", "DataSet", "Part", "Row", "kind_of", "open_data_
 
 SOURCES: dict[str, Callable[[str, DataConfig], DataSet]] = {
     "sample": open_sample,
+    "http": open_http,
     "url": open_url,
     "local": open_local,
     "hub": open_hub,
@@ -25,6 +27,8 @@ def kind_of(path: str) -> str:
     """The key in SOURCES that a path belongs to."""
     if path.startswith("sample:"):
         return "sample"
+    if path.startswith(("http://", "https://")):
+        return "http"
     if "://" in path:
         return "url"
     looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith("/")

@@ -23,13 +23,14 @@ from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, Part, Row, as_data_error
 from rlhf.data.sources.formats import READERS
 from rlhf.errors import DataError
+from rlhf.redact import redact
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _VALIDATION = re.compile(r"(val|valid|validation|eval|evaluation|dev)(?![a-z])", re.IGNORECASE)
 _TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _REMEDY = "check the path, its permissions and that the file is whole"
-_KNOWN = ", ".join(READERS)
+KNOWN = ", ".join(READERS)
 
 
 def open_local(path: str, data: DataConfig) -> DataSet:
@@ -54,9 +55,9 @@ def _open(fs: Any, root: str, shown: str) -> DataSet:
         found = fs.find(root, detail=True)
         files = [name for name, info in sorted(found.items()) if info["type"] == "file"]
     prefix = root.rstrip("/") + "/"
-    roles = {name: _role(name.removeprefix(prefix)) for name in files if _readable(name)}
+    roles = {name: role_of(name.removeprefix(prefix)) for name in files if _readable(name)}
     if not roles:
-        raise DataError(f"data path {shown!r}: no file there ends in one of {_KNOWN}")
+        raise DataError(f"data path {shown!r}: no file there ends in one of {KNOWN}")
     unused = "test" if "validation" in roles.values() else None
     kept = {name: role for name, role in roles.items() if role != unused}
     return DataSet(prefix, tuple(_part(fs, name, role != "train") for name, role in kept.items()))
@@ -69,22 +70,24 @@ def _single(fs: Any, root: str, shown: str) -> DataSet:
             "once, so copy them to a file first"
         )
     folder, _, name = root.rpartition("/")
-    if _suffix(name) not in READERS:
-        raise DataError(f"data path {shown!r}: its name must end in one of {_KNOWN}")
-    return DataSet(folder + "/", (_part(fs, root, _role(name) != "train"),))
+    if suffix_of(name) not in READERS:
+        raise DataError(f"data path {shown!r}: its name must end in one of {KNOWN}")
+    return DataSet(folder + "/", (_part(fs, root, role_of(name) != "train"),))
 
 
 def _readable(name: str) -> bool:
     base = name.rpartition("/")[2]
-    return base not in _NOT_ROWS and not base.startswith(".") and _suffix(base) in READERS
+    return base not in _NOT_ROWS and not base.startswith(".") and suffix_of(base) in READERS
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """The format's suffix, in small letters, without that of a compression."""
     stem, suffix = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
 
 
-def _role(relative: str) -> str:
+def role_of(relative: str) -> str:
+    """`train`, `validation` or `test`, by the names of a file and of the folders that it is in."""
     names = relative.split("/")
     if any(_TEST.match(name) for name in names):
         return "test"
@@ -92,9 +95,9 @@ def _role(relative: str) -> str:
 
 
 def _part(fs: Any, name: str, held_out: bool) -> Part:
-    shown = name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
+    shown = name if isinstance(fs, LocalFileSystem) else redact(fs.unstrip_protocol(name))
     with as_data_error(shown, _REMEDY), fs.open(name, "rb") as stream:
-        digest = hashlib.sha256(_suffix(name).encode())
+        digest = hashlib.sha256(suffix_of(name).encode())
         for block in iter(functools.partial(stream.read, 1 << 20), b""):
             digest.update(block)
     return Part(shown, held_out, digest.hexdigest(), functools.partial(_rows, fs, name, shown))
@@ -102,7 +105,7 @@ def _part(fs: Any, name: str, held_out: bool) -> Part:
 
 def _rows(fs: Any, name: str, shown: str) -> Iterator[tuple[str, Row | BadRow]]:
     with as_data_error(shown, _REMEDY), fs.open(name, "rb", compression="infer") as stream:
-        yield from READERS[_suffix(name)](_seekable(stream), shown)
+        yield from READERS[suffix_of(name)](_seekable(stream), shown)
 
 
 def _seekable(stream: BinaryIO) -> BinaryIO:

@@ -1,0 +1,77 @@
+"""How a run is run: processes, the hub, checkpoints, metrics. None of it decides a result."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from rlhf.config.base import NonNegative, Positive, Section, doc
+
+
+class LaunchConfig(Section):
+    deployment_type: Literal["single_gpu", "single_node", "multi_node"] = doc(
+        "single_gpu", "One process, all devices of this machine, or several machines."
+    )
+    launcher: Literal["deepspeed", "torchrun"] = doc("deepspeed", "What starts the processes.")
+    num_gpus: Positive | None = doc(
+        None, "Processes per node; on CPU, gloo ranks. Unset: the node's GPUs, or 1 on CPU."
+    )
+    threads: Positive | None = doc(
+        None, "CPU threads per process. Unset: 1 with several ranks, else the cores."
+    )
+    hostfile: str | None = doc(None, "multi_node: lines of `host slots=N`.")
+    num_nodes: Positive | None = doc(None, "multi_node: nodes to use.")
+    node_rank: NonNegative | None = doc(None, "multi_node, started by hand: this node's number.")
+    master_addr: str | None = doc(None, "multi_node: address of the first node.")
+    master_port: int | Literal["auto"] = doc("auto", "Rendezvous port; auto: a free one.")
+    include: str | None = doc(None, "Hosts and devices to use, `host:0,1@other`.")
+    exclude: str | None = doc(None, "Hosts and devices to leave out.")
+    max_restarts: NonNegative = doc(
+        0, "Start a failed step again, from its last checkpoint, at most so many times."
+    )
+    auto_batch: bool = doc(
+        False, "Out of memory: halve the micro-batch (not the batch) and start the step again."
+    )
+    grace_seconds: float = doc(
+        60.0, "Time to save a checkpoint when the run is told to stop; then it is killed.", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _nodes(self) -> LaunchConfig:
+        if self.include and self.exclude:
+            raise ValueError("include and exclude together: give one of them")
+        if self.deployment_type == "single_gpu" and (self.num_gpus or 1) > 1:
+            raise ValueError(
+                f"deployment_type single_gpu with num_gpus {self.num_gpus}: one process only; "
+                "use --deployment-type single_node"
+            )
+        return self
+
+
+class HubConfig(Section):
+    endpoint: str | None = doc(None, "Mirror of the hub; also HF_ENDPOINT.")
+    offline: bool = doc(False, "Use only what is in the local cache.")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of an unfinished step; a finished one has its artifact and keeps none."""
+
+    resume: Literal["auto", "always", "never"] = doc(
+        "auto",
+        "An unfinished step goes on from its newest checkpoint: `auto` with the same settings, "
+        "`always` with other ones too; `never`: it starts again, its checkpoints are removed.",
+    )
+    save_every: NonNegative = doc(
+        0, "Save every so many optimiser steps (step 3: iterations); 0: only by time."
+    )
+    save_minutes: float = doc(10.0, "Save every so many minutes; 0: only by steps.", ge=0)
+    keep_last: Positive = doc(2, "Keep so many checkpoints.")
+
+
+class TrackConfig(Section):
+    trackers: list[str] | Literal["auto"] = doc(
+        "auto",
+        "Besides metrics.jsonl: accelerate's trackers by name; auto: tensorboard if installed.",
+    )
+    project: str = doc("rlhf", "Project name for trackers that have one.")

@@ -1,0 +1,32 @@
+"""An endless stream of batches that can be set to where an earlier one had come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Replayable(Generic[T]):
+    """`make(skipped)` gives the stream without its first `skipped` items, without making them."""
+
+    def __init__(self, make: Callable[[int], Iterator[T]]) -> None:
+        self._make, self._taken = make, 0
+        self._stream: Iterator[T] | None = None
+
+    def __iter__(self) -> Replayable[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._stream is None:
+            self._stream = self._make(self._taken)
+        item = next(self._stream)
+        self._taken += 1
+        return item
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._taken, self._stream = int(state["taken"]), None

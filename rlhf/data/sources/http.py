@@ -1,0 +1,72 @@
+"""A file behind an http or https address, signed links (`...jsonl?X-Amz-Signature=...`) included.
+
+It is fetched once into an unnamed temporary file: nothing of it stays, and the address appears
+nowhere with its signature.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+from rlhf.config.schema import DataConfig
+from rlhf.data.sources.base import BadRow, DataSet, Part, Row, as_data_error
+from rlhf.data.sources.files import KNOWN, role_of, suffix_of
+from rlhf.data.sources.formats import READERS
+from rlhf.errors import DataError
+from rlhf.redact import redact
+
+TIMEOUT_SECONDS = 60.0
+_REMEDY = "check the address and the network; a signed link may have expired: sign it again"
+
+
+def open_http(path: str, data: DataConfig) -> DataSet:
+    """Fetch one file. DataError: unreachable, refused, or of no known kind."""
+    shown = redact(path)
+    name = unquote(urlsplit(path).path)
+    suffix = suffix_of(name)
+    if suffix not in READERS:
+        raise DataError(f"data path {shown!r}: its name must end in one of {KNOWN}")
+    with as_data_error(shown, _REMEDY):
+        stream = _fetched(path)
+        digest = hashlib.sha256(suffix.encode())
+        for block in iter(functools.partial(stream.read, 1 << 20), b""):
+            digest.update(block)
+    folder, _, base = name.rpartition("/")
+    held_out = role_of(base) != "train"
+    rows = functools.partial(_rows, stream, name, suffix, shown)
+    part = Part(shown, held_out, digest.hexdigest(), rows)
+    return DataSet(f"{urlsplit(path).scheme}://{urlsplit(path).netloc}{folder}/", (part,))
+
+
+def _fetched(path: str) -> IO[bytes]:
+    stream = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as its Part
+    with urllib.request.urlopen(path, timeout=TIMEOUT_SECONDS) as answer:
+        shutil.copyfileobj(answer, stream)
+        expected = answer.headers.get("Content-Length")
+    if expected is not None and stream.tell() != int(expected):
+        raise DataError(
+            f"{redact(path)}: {stream.tell()} of {expected} bytes came: the connection broke; "
+            "run the command again"
+        )
+    stream.seek(0)
+    return stream
+
+
+def _rows(
+    stream: IO[bytes], name: str, suffix: str, shown: str
+) -> Iterator[tuple[str, Row | BadRow]]:
+    with as_data_error(shown, _REMEDY):
+        stream.seek(0)
+        compression = infer_compression(name)
+        opened: Any = compr[compression](stream, mode="rb") if compression else stream
+        yield from READERS[suffix](opened, shown)
