@@ -61,8 +61,10 @@ def run(argv: Sequence[str]) -> int:
     env, lines = preflight(plan)
     for line in lines:
         print(redact(line))
-    with execute.locked(plan.run.path) as lock:
-        record_plan(options, plan)
+    grace = plan.config.launch.grace_seconds
+    with execute.locked(plan.run.path, plan.role, grace) as lock:
+        if not plan.role:
+            record_plan(options, plan)
         run_steps(options, plan, env, lock)
     show_verdict(plan)
     return 0

@@ -57,7 +57,12 @@ def place(config: LaunchConfig, environ: Mapping[str, str] | None = None) -> Pla
     """Where the processes run. Raises ConfigError or RequirementError."""
     if config.deployment_type == "multi_node":
         return _place_nodes(config)
-    names = visible_gpus(environ)
+    names = [] if config.accelerator == "cpu" else visible_gpus(environ)
+    if config.accelerator == "cuda" and not names:
+        raise RequirementError(
+            "--accelerator cuda: no GPU is visible here (nvidia-smi lists none, or "
+            "CUDA_VISIBLE_DEVICES or DS_ACCELERATOR hide them): leave the flag out for the CPU"
+        )
     accelerator = "cuda" if names else "cpu"
     if config.deployment_type == "single_gpu":
         wanted: int | None = 1
@@ -77,6 +82,7 @@ def place(config: LaunchConfig, environ: Mapping[str, str] | None = None) -> Pla
         master_addr="127.0.0.1",
         master_port=choose_port(config.master_port),
         any_devices=filtered == list(range(len(filtered))),
+        config=config,
     )
 
 
@@ -89,7 +95,7 @@ def _by_count(config: LaunchConfig, names: list[str], wanted: int | None) -> Pla
         )
     chosen = _first(list(range(len(names))), wanted or len(names))
     port = choose_port(config.master_port)
-    return Placement("cuda", {LOCAL: chosen}, "127.0.0.1", port)
+    return Placement("cuda", {LOCAL: chosen}, "127.0.0.1", port, config=config)
 
 
 def _first(devices: list[int], wanted: int) -> list[int]:
@@ -107,13 +113,14 @@ def _place_nodes(config: LaunchConfig) -> Placement:
         slots = read_hostfile(config.hostfile)
         hosts = {host: list(range(count)) for host, count in slots.items()}
         hosts = apply_filters(hosts, config.include, config.exclude)
-    elif config.launcher == "torchrun" and config.num_nodes:
+    elif config.num_nodes and (config.launcher == "slurm" or _by_hand(config)):
         count = config.num_gpus or len(visible_gpus()) or 1
         hosts = {f"node{rank}": list(range(count)) for rank in range(config.num_nodes)}
     else:
         raise ConfigError(
-            "deployment_type multi_node: give --hostfile (lines of `host slots=N`), or with "
-            "--launcher torchrun --num-nodes, --node-rank and --master-addr"
+            "deployment_type multi_node: give --hostfile (lines of `host slots=N`); or --num-nodes "
+            "with --launcher slurm; or, for nodes that are started by hand, --launcher torchrun "
+            "or accelerate with --num-nodes, --node-rank and --master-addr"
         )
     if config.num_nodes is not None:
         if config.num_nodes > len(hosts):
@@ -133,15 +140,21 @@ def _place_nodes(config: LaunchConfig) -> Placement:
         raise ConfigError("--node-rank: nodes started by hand need --master-addr, the first node's")
     # All nodes must name one port, so a free one cannot be chosen on each of them.
     port = 29500 if config.master_port == "auto" else config.master_port
+    found = "cuda" if visible_gpus() else "cpu"
     return Placement(
-        accelerator="cuda" if visible_gpus() else "cpu",
+        accelerator=found if config.accelerator == "auto" else config.accelerator,
         hosts=hosts,
         master_addr=config.master_addr,
         master_port=choose_port(port) if rank == 0 else port,
         hostfile=config.hostfile,
         node_rank=rank,
         multi_node=True,
+        config=config,
     )
+
+
+def _by_hand(config: LaunchConfig) -> bool:
+    return config.launcher in ("torchrun", "accelerate") and config.node_rank is not None
 
 
 def _slots(host: str, devices: list[int], wanted: int) -> list[int]:

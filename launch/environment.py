@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from launch.devices import cpu_cores
+from launch.fanout import SSH_OPTIONS
 from launch.spec import PROJECT_ROOT, Placement
 from rlhf.config.names import DEFAULT_ENDPOINT
 from rlhf.config.schema import RunConfig
@@ -30,9 +31,28 @@ def child_environment(
         env["OMP_NUM_THREADS"] = str(threads(config, placement, environ))
     elif config.launch.threads is not None:
         env["OMP_NUM_THREADS"] = str(config.launch.threads)
+    env["RLHF_COLLECTIVE_TIMEOUT"] = str(config.launch.collective_timeout)
+    if placement.multi_node:
+        env.update(_nodes(placement))
     _devices(config, placement, env, unset, environ)
     hub_env, hub_unset = hub_environment(config, environ)
     return {**env, **hub_env}, [*unset, *hub_unset]
+
+
+def _nodes(placement: Placement) -> dict[str, str]:
+    """What ssh and the schedulers need to be told."""
+    env = {}
+    launcher, backend = placement.config.launcher, placement.config.node_launcher
+    if placement.over_ssh and launcher == "deepspeed":
+        # A dead link is noticed after 15 s; without, ssh waits for as long as TCP does.
+        env["PDSH_SSH_ARGS_APPEND"] = " ".join(SSH_OPTIONS)
+    if launcher == "slurm":
+        env["RLHF_RANKS_FROM"] = "slurm"
+    elif launcher == "deepspeed" and backend != "pdsh" and not placement.by_hand:
+        # mpirun and srun number the processes in their own way: rlhf/lifeline.py reads it.
+        env["RLHF_RANKS_FROM"] = backend
+        env["MASTER_ADDR"], env["MASTER_PORT"] = placement.master, str(placement.master_port)
+    return env
 
 
 def threads(config: RunConfig, placement: Placement, environ: Mapping[str, str]) -> int:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from launch import failure
+from launch import failure, heartbeat, nodes, ranks
 from launch.gate import KINDS, STEP_NAMES
 from launch.plan import StepPlan
 from launch.ports import free_port, port_problem
@@ -49,17 +49,24 @@ def launch(
         logs.mkdir(parents=True, exist_ok=True)
     if hidden := record_step(run, item, spec):
         spec = replace(spec, env={**spec.env, HIDDEN_SETTINGS: json.dumps(hidden)})
-    failure.clear_records(logs)
-    log = logs / "console.log"
+    if spec.leads:
+        failure.clear_records(logs)
+        heartbeat.clear(logs)
+    log = logs / spec.log_name
     with disk_errors(log, RequirementError), log.open("a", encoding="utf-8") as stream:
         stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.argv}\n")
-    outcome = supervise(
-        spec,
-        log,
-        grace=item.resolved.config.launch.grace_seconds,
-        on_interrupt=lambda: say_interrupted(item.step),
-        keep=() if lock is None else (lock,),
-    )
+    grace = item.resolved.config.launch.grace_seconds
+    with nodes.prepared(spec, logs, grace) as (ready, heart):
+        outcome = supervise(
+            ready,
+            log,
+            grace=grace,
+            on_interrupt=lambda: say_interrupted(item.step),
+            keep=() if lock is None else (lock,),
+            heart=heart,
+        )
+    if heart:
+        outcome = replace(outcome, spread=True, lost=heart.lost)
     if outcome.interrupted:
         raise Interrupted(_interruption(run, item.step), outcome.interrupted)
     return outcome
@@ -81,6 +88,8 @@ def say_interrupted(step: int) -> None:
 
 def refresh_port(spec: LaunchSpec) -> LaunchSpec:
     """A port that was chosen when the plan was made may be taken by now."""
+    if spec.nodes is not None:  # not a port of this machine
+        return spec
     for position, argument in enumerate(spec.argv):
         name, equals, value = argument.partition("=")
         if name in ("--master_port", "--master-port") and equals and port_problem(int(value)):
@@ -117,8 +126,9 @@ def prove_result(
             problem, manifest = f"{artifact} is that of an earlier run, none was published", None
     except ArtifactError as error:
         problem = str(error)
-    if manifest is None or failure.read_records(logs):
-        raise failure.explain(step, outcome, logs, problem)
+    absent = ranks.unfinished(logs, item.resolved.world_size, wait=item.spec.nodes is not None)
+    if manifest is None or absent or failure.read_records(logs):
+        raise failure.explain(step, outcome, logs, problem, absent)
     return manifest
 
 
@@ -135,18 +145,21 @@ def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[int]:
-    """One driver per run directory; yields the lock's descriptor.
+def locked(directory: Path, role: str = "", grace: float = GRACE_SECONDS) -> Iterator[int]:
+    """One driver per run directory; where each node is started by hand, one per node (`role`).
+
+    Yields the lock's descriptor.
 
     The system frees the lock when all who have the descriptor are gone, however they died: the
     driver, and the guard of the step that it started. Where only such a guard is left, its end is
-    waited for. Raises RequirementError if another driver works here, or the disk refuses.
+    waited for, `grace` seconds and some. Raises RequirementError if another driver works here, or
+    the disk refuses.
     """
     with disk_errors(directory, RequirementError):
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".lock").open("a+", encoding="utf-8")
+        handle = (directory / (f".lock.{role}" if role else ".lock")).open("a+", encoding="utf-8")
     with handle:
-        _take(handle, directory)
+        _take(handle, directory, grace)
         with contextlib.suppress(OSError):  # a full disk: the lock itself holds all the same
             handle.truncate(0)
             handle.write(f"{os.getpid()} {platform.node()}\n")
@@ -154,8 +167,8 @@ def locked(directory: Path) -> Iterator[int]:
         yield handle.fileno()
 
 
-def _take(handle: IO[str], directory: Path) -> None:
-    deadline = time.monotonic() + GRACE_SECONDS + 10
+def _take(handle: IO[str], directory: Path, grace: float) -> None:
+    deadline = time.monotonic() + grace + 10
     told = False
     while True:
         try:

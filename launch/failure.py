@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,19 @@ from launch.supervise import Outcome
 from rlhf.errors import ConfigError, RequirementError, StepFailed, UserError
 
 TAIL_LINES = 20
+TRACEBACK = 12
 _MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|can't allocate memory|cannot allocate memory|\bMemoryError\b",
     re.IGNORECASE,
 )
 _KILLED = re.compile(r"Signal 9 \(SIGKILL\)|return code = -9|exitcode\s*: -9")
+# What the other ranks see when one dies: gloo's, NCCL's and the rendezvous store's words.
+_ECHO = re.compile(
+    r"connection (closed|reset|was) |Connection (closed|reset) by peer|Broken pipe|"
+    r"Timed out waiting|timed out after|DistBackendError|DistNetworkError|DistStoreError|"
+    r"ncclRemoteError|remote process exited|Socket Timeout",
+    re.IGNORECASE,
+)
 _MEMORY_KEYS = {
     1: ("step1.train.micro_batch_size", "step1.model", "--actor-zero-stage", "step1.engine"),
     2: ("step2.train.micro_batch_size", "step2.model", "--reward-zero-stage", "step2.engine"),
@@ -37,6 +45,13 @@ class Record:
     remedy: str
     traceback: str
     exit_code: int
+    host: str = ""
+    time: float = 0.0
+
+    @property
+    def is_echo(self) -> bool:
+        """Does it only say that another rank is gone?"""
+        return _ECHO.search(f"{self.type}: {self.message}") is not None
 
 
 def clear_records(logs: Path) -> None:
@@ -46,7 +61,10 @@ def clear_records(logs: Path) -> None:
 
 
 def read_records(logs: Path) -> list[Record]:
-    """The ranks' records, lowest rank first; one that is cut short is passed over."""
+    """The ranks' records, the cause first; one that is cut short is passed over.
+
+    Causes before echoes (a lost connection), then by time, then by rank.
+    """
     found: list[Record] = []
     for path in sorted(logs.glob("rank*.failure.json")):
         try:
@@ -60,18 +78,23 @@ def read_records(logs: Path) -> list[Record]:
                     remedy=str(content.get("remedy") or ""),
                     traceback=str(content.get("traceback") or ""),
                     exit_code=int(content.get("exit_code") or 1),
+                    host=str(content.get("host") or ""),
+                    time=float(content.get("time") or 0),
                 )
             )
         except (OSError, ValueError, TypeError, AttributeError):
             continue  # its rank died while writing; the log's end is shown anyway
-    return sorted(found, key=lambda record: record.rank)
+    return sorted(found, key=lambda record: (record.is_echo, record.time, record.rank))
 
 
-def explain(step: int, outcome: Outcome, logs: Path, problem: str = "") -> UserError:
-    """The error to raise for a step without a verified artifact.
+def explain(
+    step: int, outcome: Outcome, logs: Path, problem: str = "", absent: Sequence[str] = ()
+) -> UserError:
+    """The error to raise for a step that did not succeed.
 
-    `problem`: what the artifact's verification said. A rank's own user error (bad config, missing
-    requirement) is shown alone and keeps its exit code.
+    `problem`: what the artifact's verification said; `absent`: the ranks that left no completion
+    marker. A rank's own user error (bad config, missing requirement) is shown alone and keeps its
+    exit code.
     """
     records = read_records(logs)
     for record in records:
@@ -81,14 +104,33 @@ def explain(step: int, outcome: Outcome, logs: Path, problem: str = "") -> UserE
     output = outcome.output()
     lines = [f"step {step} failed: {ending(outcome.code)}"]
     lines += [f"  | {line}" for line in last_lines(output)]
-    for record in _first_of_each(records):
-        phase = f" in {record.phase}" if record.phase else ""
-        lines.append(f"rank {record.rank}{phase}: {record.type}: {record.message}")
-    if outcome.code == 0:
+    recorded = {record.rank for record in records}
+    silent = [who for who in absent if int(who.split()[1]) not in recorded]
+    if silent:
+        lines.append(f"ended before its end, without a word (killed?): {', '.join(silent)}")
+    lines += _what_ranks_said(_first_of_each(records))
+    if outcome.lost:
+        lines.append(f"the driver ended the step: {outcome.lost}")
+    if outcome.code == 0 and problem:
         lines.append(f"it reported success, but its artifact does not verify: {problem}")
     lines.append(f"Remedy: {remedy(step, outcome, records, output)}")
     lines.append(f"The whole log: {outcome.log}")
     return StepFailed("\n".join(lines))
+
+
+def _what_ranks_said(records: Sequence[Record]) -> list[str]:
+    """The first cause with the end of its traceback, the others with a line each."""
+    lines = []
+    for number, record in enumerate(records):
+        where = f" on {record.host}" if record.host else ""
+        phase = f" in {record.phase}" if record.phase else ""
+        if number == 0 and record.traceback and not record.is_echo:
+            lines.append(f"rank {record.rank}{where}{phase} failed first:")
+            lines += [f"  {line}" for line in record.traceback.rstrip().splitlines()[-TRACEBACK:]]
+        else:
+            text = record.message.splitlines()[0] if record.is_echo else record.message
+            lines.append(f"rank {record.rank}{where}{phase}: {record.type}: {text}")
+    return lines
 
 
 def ending(code: int) -> str:
@@ -111,6 +153,12 @@ def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> s
     for record in records:
         if record.remedy:
             return record.remedy
+    if outcome.spread:
+        return (
+            "look for what ended the ranks named above on their hosts (`dmesg` knows of killed "
+            "processes; `rlhf doctor` with the same flags asks every host); the same command "
+            "starts the step again"
+        )
     if "EADDRINUSE" in said or "Address already in use" in said:
         return "another program took the port meanwhile: run the command again"
     return "see the error above; the same command starts the step again"
@@ -118,7 +166,9 @@ def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> s
 
 def was_killed(outcome: Outcome, records: list[Record], output: str) -> bool:
     """Was one of its processes killed (SIGKILL) from outside?"""
-    return outcome.code == -signal.SIGKILL or bool(not records and _KILLED.search(output))
+    # On several nodes it is the launcher's code, and says nothing of the ranks.
+    alone = not outcome.spread and outcome.code == -signal.SIGKILL
+    return alone or bool(not records and _KILLED.search(output))
 
 
 def is_memory(outcome: Outcome, records: list[Record], *, killed_counts: bool) -> bool:

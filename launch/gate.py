@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Parent:
     """Fingerprint of its tokenizer, from its manifest."""
     here: bool = False
     """Made by this same command."""
+    descends_from: str | None = None
+    """For a reward model of this run: the id of the SFT model that it was trained from."""
     note: str = ""
 
 
@@ -51,6 +53,7 @@ def find_parents(options: Options, step: int, done: Mapping[int, Manifest | None
     parents = [parent for parent in found if parent is not None]
     if step == 3:
         check_tokenizers(*parents)
+        check_descent(*parents)
     return parents
 
 
@@ -61,6 +64,18 @@ def check_tokenizers(sft: Parent, reward: Parent) -> None:
             f"step 3: the reward artifact {reward.path} was trained with tokenizer "
             f"{reward.tokenizer[:8]}, the actor's ({sft.path}) is {sft.tokenizer[:8]}: retrain "
             "step 2 on this actor's tokenizer (--step 2 --force), or pass another --reward-model"
+        )
+
+
+def check_descent(sft: Parent, reward: Parent) -> None:
+    """Raises ArtifactError if one of this run's two models was replaced after the other was made,
+    be it by another run's artifact that verifies by itself."""
+    if sft.id and reward.descends_from and reward.descends_from != sft.id:
+        raise ArtifactError(
+            f"step 3: the reward artifact {reward.path} was trained from SFT model "
+            f"{reward.descends_from[:12]}, but {sft.path} is {sft.id[:12]}: one of them was made "
+            "again or is another run's. Make step 2 again (--step 2 3), or start a run with "
+            "models of your own (--name, --actor-model, --reward-model)"
         )
 
 
@@ -103,10 +118,12 @@ def _from_run(options: Options, step: int, name: str, flag: str | None) -> Paren
             f"or, to use a model of your own, start a new run (--name) with {_MODEL_FLAG[name]}"
         ) from error
     note = ""
+    above = manifest.parents.get("sft")
     base = flatten(manifest.config).get(f"step{maker}.model.name")
     if flag and flag != base:
         note = f"{_MODEL_FLAG[name]} {flag} is not used: step {maker}'s artifact (from {base}) is"
-    return _own(name, path, manifest, note)
+    found = _own(name, path, manifest, note)
+    return replace(found, descends_from=above.id if above and name == "reward" else None)
 
 
 def _own(name: str, path: Path, manifest: Manifest, note: str = "") -> Parent:

@@ -26,6 +26,10 @@ DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "--deployment-type": ("launch.deployment_type",),
     "--launcher": ("launch.launcher",),
+    "--node-launcher": ("launch.node_launcher",),
+    "--launcher-args": ("launch.launcher_args",),
+    "--accelerate-config": ("launch.accelerate_config",),
+    "--accelerator": ("launch.accelerator",),
     "--num-gpus": ("launch.num_gpus",),
     "--master-port": ("launch.master_port",),
     "--hostfile": ("launch.hostfile",),
@@ -34,6 +38,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "--master-addr": ("launch.master_addr",),
     "--include": ("launch.include",),
     "--exclude": ("launch.exclude",),
+    "--forward": ("launch.forward",),
+    "--preflight": ("launch.preflight",),
     "--actor-zero-stage": ("step1.engine.zero_stage", "step3.actor.engine.zero_stage"),
     "--reward-zero-stage": ("step2.engine.zero_stage", "step3.critic.engine.zero_stage"),
     "--hf-endpoint": ("hub.endpoint",),
@@ -48,6 +54,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "--max-restarts": ("launch.max_restarts",),
     "--auto-batch": ("launch.auto_batch",),
 }
+_LISTS = ("--data-path", "--forward")  # flags that take several values
 _NOT_REPEATED = ("--dry-run", "--json", "--force", "--print-config", "--json-schema")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
 
@@ -120,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
         if leaves()[keys[0]].is_flag:
             add(flag, action="store_const", const="true", help=text)
             continue
-        nargs = "+" if flag == "--data-path" else None
+        nargs = "+" if flag in _LISTS else None
         add(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
     add("--dry-run", action="store_true", help="print the plan and the command lines, then stop")
     add("--json", action="store_true", help="with --dry-run: the plan as JSON")
@@ -189,7 +196,7 @@ def split_overrides(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 _TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"}
-_TAKES_ONE -= {"--data-path", "--auto-batch"}
+_TAKES_ONE -= {*_LISTS, "--auto-batch"}
 
 
 def flag_values(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.devices import place
-from launch.environment import child_environment
 from launch.gate import (
     STEP_NAMES,
     Parent,
@@ -19,7 +17,7 @@ from launch.gate import (
     recovery_scale,
     unfinished,
 )
-from launch.launchers import LAUNCHERS
+from launch.launchers import build_spec
 from launch.options import Options
 from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
 from rlhf.config.load import with_values
@@ -63,6 +61,12 @@ class Plan:
     placement: Placement
     steps: list[StepPlan] = field(default_factory=list)
 
+    @property
+    def role(self) -> str:
+        """Empty for the driver that keeps the run's records; else which node's driver this is."""
+        follows = self.placement.by_hand and self.placement.node_rank
+        return f"node{self.placement.node_rank}" if follows else ""
+
 
 def make_plan(options: Options) -> Plan:
     """Looks at the run directory, the machine and the settings; changes nothing.
@@ -97,9 +101,7 @@ def launch_spec(resolved: ResolvedStep, placement: Placement, run: RunDir) -> La
     """The command that starts the step's processes."""
     script = PROJECT_ROOT / STEP_DIRS[resolved.step] / "main.py"
     arguments = ["--config", str(run.resolved(resolved.step))]
-    launcher = LAUNCHERS[resolved.config.launch.launcher]
-    env, unset = child_environment(resolved.config, placement)
-    return LaunchSpec(launcher(script, arguments, placement), env, os.getcwd(), unset)
+    return build_spec(resolved.config, script, arguments, placement)
 
 
 def describe(plan: Plan) -> str:

@@ -58,7 +58,9 @@ def record_step(run: RunDir, item: StepPlan, spec: LaunchSpec) -> dict[str, Any]
     """
     shown, hidden = hide(item.resolved.model_dump(mode="json"))
     write_json_atomic(run.resolved(item.step), shown)
-    write_script(run.command(item.step), redact(spec.shell()))
+    path = run.command(item.step)
+    path = path if spec.leads else path.with_stem(f"command.{spec.role}")
+    write_script(path, redact(spec.shell()))
     return hidden
 
 

@@ -65,6 +65,8 @@ def oom_kills() -> int:
 def _prepared(run: RunDir, item: StepPlan) -> StepPlan:
     """`never` (and --force) are done here, once: a restart goes on from what was saved since."""
     if item.fresh:
+        if not item.spec.leads:  # another node's driver does it
+            return _with_settings(item, {"checkpoint.resume": "auto"}, 1.0)
         with disk_errors(run.resume(item.step)):
             remove(run.resume(item.step))
         return _with_settings(item, {"checkpoint.resume": "auto"}, 1.0)

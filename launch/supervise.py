@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from launch import guard
+from launch.heartbeat import Heartbeat
 from launch.spec import LaunchSpec
 from rlhf.redact import RedactedStream
 
@@ -35,6 +36,10 @@ class Outcome:
     """Where this command's output begins in the log."""
     unlogged: bytes = b""
     """The end of what a full disk kept out of the log."""
+    spread: bool = False
+    """Did it start processes on other nodes?"""
+    lost: str = ""
+    """Why the driver ended it, where a rank was lost (launch/heartbeat.py)."""
 
     def output(self, most: int = TAIL_BYTES) -> str:
         """The end of what the command printed."""
@@ -53,6 +58,7 @@ def supervise(
     console: BinaryIO | None = None,
     on_interrupt: Callable[[], None] = lambda: None,
     keep: Sequence[int] = (),
+    heart: Heartbeat | None = None,
 ) -> Outcome:
     """Runs the command until it and everything that it started has ended.
 
@@ -60,6 +66,8 @@ def supervise(
 
     Call from the main thread: it takes SIGINT, SIGTERM and SIGHUP meanwhile. The first one asks the
     command's processes to end and they are killed after `grace` seconds; a second one kills now.
+    With a heart (processes on other nodes) the first one reaches all ranks through it, so that all
+    save together; it ends the launcher when their time is over.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -77,7 +85,9 @@ def supervise(
                 start_new_session=True,
                 pass_fds=tuple(keep),
             )
-            state.attach(child, on_interrupt)
+            if heart is not None:
+                heart.launched(child.terminate)
+            state.attach(child, on_interrupt, heart)
             _tee(child, record, console or _console(), state)
             code = child.wait()
     seconds = time.monotonic() - started
@@ -104,17 +114,28 @@ class _State:
         self.pending = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._announce: Callable[[], None] = lambda: None
+        self._heart: Heartbeat | None = None
 
-    def attach(self, child: subprocess.Popen[bytes], announce: Callable[[], None]) -> None:
-        self._child, self._announce = child, announce
-        for _ in range(self.pending):
-            child.send_signal(signal.SIGTERM)
+    def attach(
+        self,
+        child: subprocess.Popen[bytes],
+        announce: Callable[[], None],
+        heart: Heartbeat | None,
+    ) -> None:
+        self._child, self._announce, self._heart = child, announce, heart
+        for number in range(self.pending):
+            self._tell(first=number == 0)
+
+    def _tell(self, first: bool) -> None:
+        if first and self._heart is not None:
+            self._heart.stop()
+        elif self._child is not None:
+            self._child.send_signal(signal.SIGTERM)
 
     def handle(self, number: int, frame: Any) -> None:
         first, self.interrupted = not self.interrupted, self.interrupted or number
         self.pending += 1
-        if self._child is not None:
-            self._child.send_signal(signal.SIGTERM)
+        self._tell(first)
         if first:
             self._announce()
 

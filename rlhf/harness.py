@@ -11,6 +11,7 @@ import faulthandler
 import fcntl
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from typing import Any, TextIO
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError
+from rlhf.lifeline import Lifeline, adopt_environment
 from rlhf.redact import redact, redact_tree
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
 from rlhf.store.files import disk_errors, remove
@@ -162,6 +164,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     else with 1 and its traceback. Failures leave `logs/rankK.failure.json` for the driver.
     """
     _die_with_launcher()
+    adopt_environment(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     try:
         resolved = step_config(sys.argv[1:], step)
@@ -180,6 +183,9 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     except UserError as error:
         print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    os.environ.setdefault("RLHF_COLLECTIVE_TIMEOUT", str(run.config.launch.collective_timeout))
+    lifeline = Lifeline(logs, rank, os.environ)
+    lifeline.start()
     with opened as log:
         faulthandler.enable(log.fileno())
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
@@ -204,6 +210,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     faulthandler.disable()
+    lifeline.end(finished=code == 0)
     # Not sys.exit: other ranks may wait in a collective for ever while a destructor waits for them.
     os._exit(code)
 
@@ -285,6 +292,8 @@ def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) 
         "remedy": remedy,
         "traceback": "".join(traceback.format_exception(error)),
         "exit_code": code,
+        "host": socket.gethostname(),
+        "time": time.time(),
     }
     try:
         write_json_atomic(path, redact_tree(record))
@@ -349,12 +358,15 @@ class Tee:
         self.console, self.log = console, log
 
     def write(self, text: str) -> int:
-        self.console.write(redact(text))
+        # A launcher that was killed has taken the console with it; the log goes on.
+        with contextlib.suppress(BrokenPipeError):
+            self.console.write(redact(text))
         self.log.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self.console.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.console.flush()
 
     def isatty(self) -> bool:
         return self.console.isatty()

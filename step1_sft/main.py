@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from rlhf import data, models, track
-from rlhf.algo.losses import cross_entropy_sum
+from rlhf.algo.losses import cross_entropy_sum, sum_of_nll
 from rlhf.data.batches import SFTBatch
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
@@ -51,7 +51,9 @@ def main(run: StepRun) -> None:
             data.plan_batches(
                 data.row_lengths(rows["train"].dataset),
                 batch_size=settings.train.batch_size,
-                micro_batch_size=settings.train.micro_batch_size,
+                micro_batch_size=data.Budget(
+                    settings.train.micro_batch_size, settings.train.micro_batch_tokens
+                ),
                 rank=run.rank,
                 world_size=world,
                 seed=run.config.seed,
@@ -170,7 +172,9 @@ def sft_step(engine: TrainEngine, batches: list[SFTBatch]) -> dict[str, float]:
 
     def loss_of(batch: SFTBatch) -> torch.Tensor:
         nonlocal total
-        loss, _ = _nll(engine, batch)
+        loss, _ = engine(
+            batch.input_ids, batch.attention_mask, _counted(batch), token_loss=sum_of_nll
+        )
         total += float(loss.detach())
         return loss / max(tokens, 1.0)
 
@@ -186,10 +190,15 @@ def sft_step(engine: TrainEngine, batches: list[SFTBatch]) -> dict[str, float]:
 
 
 def _nll(engine: Any, batch: SFTBatch) -> tuple[torch.Tensor, Any]:
-    mask = batch.labels != data.IGNORED
-    mask[:, 0] = False  # nothing predicts the first token
+    mask = _counted(batch)
     log_probs, _ = engine(batch.input_ids, batch.attention_mask, mask)
     return cross_entropy_sum(log_probs, mask)
+
+
+def _counted(batch: SFTBatch) -> torch.Tensor:
+    mask = batch.labels != data.IGNORED
+    mask[:, 0] = False  # nothing predicts the first token
+    return mask
 
 
 def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> dict[str, float]:

@@ -141,11 +141,14 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
 def _plans(run: StepRun, dataset: Any, world: int) -> list[list[list[list[int]]]]:
     settings = run.config.step2
     groups = dataset["prompt_key"] if settings.group_by_prompt else None
+    tokens = settings.train.micro_batch_tokens
+    if tokens is not None:
+        tokens = max(tokens // 2, 1)  # a pair is two rows
     return [
         data.plan_batches(
             data.row_lengths(dataset),
             batch_size=settings.train.batch_size,
-            micro_batch_size=settings.train.micro_batch_size,
+            micro_batch_size=data.Budget(settings.train.micro_batch_size, tokens),
             rank=run.rank,
             world_size=world,
             seed=run.config.seed,

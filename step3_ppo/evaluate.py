@@ -49,7 +49,8 @@ class Evaluation:
             rank=comm.rank(),
             gather=gather,
         )
-        size, temperature = self.settings.micro_batch_size, rollout_settings.temperature
+        size = data.Budget(self.settings.micro_batch_size, self.settings.micro_batch_tokens)
+        temperature = rollout_settings.temperature
         with torch.no_grad():
             rollout = generate(sampler, self.prompts, rollout_settings)
             raw = rollout.map(lambda r: answer_scores(self.roles.reward, r), size)

@@ -15,7 +15,9 @@ from rlhf.algo.kl import KLController
 from rlhf.algo.rewards import missing_eos, normalize_and_clip_scores, token_rewards
 from rlhf.config.schema import PPOConfig, RolloutConfig
 from rlhf.data.batches import PromptBatch
+from rlhf.data.plan import Budget
 from rlhf.engine import comm
+from rlhf.engine.memory import peak_since_last
 from rlhf.models import last_values
 from rlhf.rollout import RolloutRequest, SamplingConfig
 from step3_ppo.roles import Roles
@@ -55,7 +57,7 @@ def answer_scores(engine: Any, rollout: Rollout) -> Tensor:
     return last_values(engine(rollout.input_ids, rollout.attention_mask), rollout.attention_mask)
 
 
-def score(roles: Roles, rollout: Rollout, temperature: float, size: int) -> Rollout:
+def score(roles: Roles, rollout: Rollout, temperature: float, size: int | Budget) -> Rollout:
     """2. Reward, reference log-probs, old log-probs and old values, without gradients.
 
     Old log-probs come from the rollout where it computed them as the update does: in fp32. In
@@ -171,13 +173,16 @@ def correct_sampler(rollout: Rollout, cap: float | None) -> tuple[Rollout, dict[
 
 
 class Clock:
-    """Seconds of named phases, the slowest rank's."""
+    """Seconds and peak memory of named phases, this rank's."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+        peak_since_last()
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self.peaks[name] = max(self.peaks.get(name, 0.0), peak_since_last())
         self._last = now

@@ -193,7 +193,7 @@ class Trainer:
         """All iterations that are left; yields each one's figures (metric glossary: README.md)."""
         settings = self.run.config.step3
         rollout_settings, ppo = settings.rollout, settings.ppo
-        size = settings.micro_batch_size
+        size = data.Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         for prompts in itertools.islice(self._prompt_batches(), self.iterations - self.iteration):
             clock = Clock()
             # 1. The policy answers.
@@ -248,6 +248,7 @@ class Trainer:
     def _speed(self, clock: Clock, tokens: float) -> dict[str, float]:
         total = sum(clock.seconds.values())
         speed = {f"seconds_{name}": value for name, value in clock.seconds.items()}
+        speed |= {f"peak_memory_bytes_{name}": peak for name, peak in clock.peaks.items()}
         return speed | {
             "seconds_iteration": total,
             "tokens_per_second": tokens / total,

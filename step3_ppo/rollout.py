@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from rlhf.data.plan import Budget, piece_sizes, pieces_needed
+from rlhf.engine import comm
 from rlhf.rollout.generation import Generation
 
 
@@ -81,13 +83,23 @@ class Rollout:
             changed[field.name] = value
         return replace(self, **changed)
 
-    def micro_batches(self, index: Tensor, size: int) -> list[Tensor]:
-        """Rows `index` in groups of at most `size`, of similar length, as few as possible."""
-        lengths = self.attention_mask[index].sum(dim=1)
-        by_length = index[torch.argsort(lengths, descending=True, stable=True)]
-        return list(torch.tensor_split(by_length, -(-len(index) // size)))
+    def micro_batches(self, index: Tensor, size: int | Budget) -> list[Tensor]:
+        """Rows `index` in groups within `size`, of similar length, as few as possible.
 
-    def map(self, compute: Callable[[Rollout], Tensor], size: int) -> Tensor:
+        The same number of groups on every rank, which has to have as many rows: each group may be a
+        collective. Collective itself where tokens are limited.
+        """
+        budget = Budget.of(size)
+        lengths = self.attention_mask[index].sum(dim=1)
+        lengths, order = torch.sort(lengths, descending=True, stable=True)
+        found = lengths.tolist()
+        pieces = pieces_needed(found, budget)
+        if budget.tokens:
+            count = torch.tensor(pieces, device=self.input_ids.device)
+            pieces = int(comm.all_reduce(count, "max"))
+        return list(torch.split(index[order], piece_sizes(found, budget, pieces)))
+
+    def map(self, compute: Callable[[Rollout], Tensor], size: int | Budget) -> Tensor:
         """`compute` over micro-batches, put together in the order of the rows.
 
         `compute` gives (n,) or (n, a) with a <= A; missing columns are filled with 0.

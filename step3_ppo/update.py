@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from rlhf.algo.advantages import explained_variance
-from rlhf.algo.losses import cross_entropy_sum, kl_loss, policy_loss, value_loss
+from rlhf.algo.losses import kl_loss, policy_loss, sum_of_nll, value_loss
 from rlhf.config.schema import PPOConfig
 from rlhf.data.batches import IGNORED, SFTBatch
+from rlhf.data.plan import Budget
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from step3_ppo.experience import answer_values
@@ -20,22 +21,27 @@ from step3_ppo.rollout import Rollout
 
 @dataclass
 class Totals:
-    """Sums over micro-batches, minibatches and PPO epochs of one iteration, on this rank."""
+    """Sums over micro-batches, minibatches and PPO epochs of one iteration, on this rank.
 
-    sums: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
+    Tensors stay on their device until `over_ranks` reads them.
+    """
+
+    sums: dict[str, Any] = field(default_factory=dict)
+    maxima: dict[str, Any] = field(default_factory=dict)
 
     def add(self, stats: dict[str, Any]) -> None:
         for name, value in stats.items():
+            number = torch.as_tensor(value).detach().double()
             if name.endswith("_max"):
-                self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
+                before = self.maxima.get(name)
+                self.maxima[name] = number if before is None else torch.maximum(before, number)
             else:
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+                self.sums[name] = self.sums.get(name, 0.0) + number
 
     def over_ranks(self) -> dict[str, float]:
         result = comm.sum_over_ranks(self.sums)
         for name, value in self.maxima.items():
-            result[name] = float(comm.all_reduce(torch.tensor(value), "max"))
+            result[name] = float(comm.all_reduce(value.clone(), "max"))
         return result
 
 
@@ -54,7 +60,7 @@ def update(
     settings: PPOConfig,
     *,
     temperature: float,
-    micro_batch_size: int,
+    micro_batch_size: int | Budget,
     seed: int,
     train_actor: bool = True,
     kl_loss_coef: float = 0.0,
@@ -124,22 +130,31 @@ def actor_step(
     def loss_of(batch: Any) -> torch.Tensor:
         if isinstance(batch, SFTBatch):
             return _ptx_loss(actor, batch, ptx_tokens, totals) * (ptx.coef if ptx else 0.0)
-        log_probs, entropy = actor(
-            batch.input_ids, batch.attention_mask, batch.score_mask, temperature, True
+        counted = batch.answer_mask
+        flat = {
+            name: batch.need(name)[counted]
+            for name in ("log_probs", "advantages", *(["ref_log_probs"] if kl_loss_coef else []))
+        }
+
+        def token_loss(
+            log_probs: torch.Tensor, entropy: torch.Tensor | None, where: slice
+        ) -> torch.Tensor:
+            assert entropy is not None
+            old, advantages = flat["log_probs"][where], flat["advantages"][where]
+            mask = torch.ones_like(old, dtype=torch.bool)
+            loss, stats = policy_loss(log_probs, old, advantages, mask, settings.clip)
+            totals.add(stats | {"policy_loss": loss, "entropy": entropy.detach().sum()})
+            if settings.entropy_coef:
+                loss = loss - settings.entropy_coef * entropy.sum()
+            if kl_loss_coef:
+                penalty, _ = kl_loss(log_probs, flat["ref_log_probs"][where], mask)
+                totals.add({"kl_loss": penalty})
+                loss = loss + kl_loss_coef * penalty
+            return loss
+
+        loss, _ = actor(
+            batch.input_ids, batch.attention_mask, batch.score_mask, temperature, True, token_loss
         )
-        log_probs = log_probs[:, batch.prompt_width :]
-        entropy = entropy[:, batch.prompt_width :]
-        mask = batch.answer_mask
-        loss, stats = policy_loss(
-            log_probs, batch.need("log_probs"), batch.need("advantages"), mask, settings.clip
-        )
-        totals.add(stats | {"policy_loss": loss.detach(), "entropy": entropy.detach().sum()})
-        if settings.entropy_coef:
-            loss = loss - settings.entropy_coef * entropy.sum()
-        if kl_loss_coef:
-            penalty, _ = kl_loss(log_probs, batch.need("ref_log_probs"), mask)
-            totals.add({"kl_loss": penalty.detach()})
-            loss = loss + kl_loss_coef * penalty
         return loss / tokens
 
     extra: list[SFTBatch] = []
@@ -154,9 +169,8 @@ def actor_step(
 def _ptx_loss(actor: TrainEngine, batch: SFTBatch, tokens: float, totals: Totals) -> torch.Tensor:
     mask = batch.labels != IGNORED
     mask[:, 0] = False
-    log_probs, _ = actor(batch.input_ids, batch.attention_mask, mask)
-    loss, _ = cross_entropy_sum(log_probs, mask)
-    totals.add({"ptx_loss": loss.detach(), "ptx_tokens": mask.sum()})
+    loss, _ = actor(batch.input_ids, batch.attention_mask, mask, token_loss=sum_of_nll)
+    totals.add({"ptx_loss": loss, "ptx_tokens": mask.sum()})
     return loss / tokens
 
 

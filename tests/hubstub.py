@@ -103,6 +103,8 @@ class HubStub:
 
     `models` and `datasets` map `"org/name"` to a directory. `private` maps a repository's name to
     the token that it needs; without it the answer is the one for a repository that is not there.
+    `signed` maps a target with its query (`/bucket/x.jsonl?X-Amz-Signature=...`) to a file's bytes,
+    as an object store serves a signed link: any other query there is refused with 403.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class HubStub:
         models: Mapping[str, Path | str] | None = None,
         datasets: Mapping[str, Path | str] | None = None,
         private: Mapping[str, str] | None = None,
+        signed: Mapping[str, bytes] | None = None,
     ) -> None:
+        self.signed = dict(signed or {})
         tokens = dict(private or {})
         self.repos = {
             (kind, name): Repo.scan(kind, name, Path(root), tokens.get(name))
@@ -235,6 +239,10 @@ def _handler_for(hub: HubStub) -> type[BaseHTTPRequestHandler]:
 
 
 def _answer(hub: HubStub, target: str, form: bytes, headers: Message) -> _Answer:
+    if target in hub.signed:
+        return _Answer(200, hub.signed[target], {"Content-Type": "application/octet-stream"})
+    if target.partition("?")[0] in {link.partition("?")[0] for link in hub.signed}:
+        return _error(403, None, "SignatureDoesNotMatch")
     asked = _Target.parse(target)
     if asked is None:
         return _error(404, None, "Sorry, we can't find the page you are looking for.")

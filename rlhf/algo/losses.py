@@ -101,6 +101,11 @@ def cross_entropy_sum(log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Stats]:
     return -masked_sum(log_probs, mask), {"tokens": mask.sum().float()}
 
 
+def sum_of_nll(log_probs: Tensor, entropy: Tensor | None, where: slice) -> Tensor:
+    """The same loss as a `TokenLoss` of `logprobs.head_loss`: every token that is given counts."""
+    return -log_probs.sum()
+
+
 def pairwise_loss(
     chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0, mask: Tensor | None = None
 ) -> tuple[Tensor, Stats]:

@@ -126,7 +126,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
             changes[name] = absolute_if_local(value)
     changes["data.path"] = [absolute_if_local(path) for path in config.data.path]
     for name, value in flat.items():
-        is_file = name.rsplit(".", 1)[-1] in ("deepspeed_config", "nvme_path", "hostfile")
+        files = ("deepspeed_config", "nvme_path", "hostfile", "accelerate_config")
+        is_file = name.rsplit(".", 1)[-1] in files
         if value and (is_file or name in ("data.cache_dir", "output_dir")):
             changes[name] = str(Path(value).expanduser().absolute())
     return with_values(config, changes)

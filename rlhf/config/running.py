@@ -13,7 +13,27 @@ class LaunchConfig(Section):
     deployment_type: Literal["single_gpu", "single_node", "multi_node"] = doc(
         "single_gpu", "One process, all devices of this machine, or several machines."
     )
-    launcher: Literal["deepspeed", "torchrun"] = doc("deepspeed", "What starts the processes.")
+    launcher: Literal["deepspeed", "torchrun", "accelerate", "slurm"] = doc(
+        "deepspeed", "What starts the processes; slurm writes an sbatch script and submits it."
+    )
+    node_launcher: Literal["pdsh", "openmpi", "slurm"] = doc(
+        "pdsh",
+        "multi_node with the deepspeed launcher: what reaches the nodes (slurm: srun, inside an "
+        "allocation).",
+    )
+    launcher_args: str | None = doc(
+        None,
+        "More arguments, as one text, for what starts the processes: pdsh, mpirun, srun, torchrun "
+        "or accelerate; for the slurm launcher, sbatch (`--partition=gpu --time=8:00:00`).",
+    )
+    accelerate_config: str | None = doc(
+        None, "The accelerate launcher's --config_file; processes and nodes are set from here."
+    )
+    accelerator: Literal["auto", "cuda", "cpu"] = doc(
+        "auto",
+        "What the processes compute on. auto: GPUs if this machine has any; say cuda where the "
+        "driver runs on a machine without.",
+    )
     num_gpus: Positive | None = doc(
         None, "Processes per node; on CPU, gloo ranks. Unset: the node's GPUs, or 1 on CPU."
     )
@@ -27,6 +47,25 @@ class LaunchConfig(Section):
     master_port: int | Literal["auto"] = doc("auto", "Rendezvous port; auto: a free one.")
     include: str | None = doc(None, "Hosts and devices to use, `host:0,1@other`.")
     exclude: str | None = doc(None, "Hosts and devices to leave out.")
+    forward: list[str] = doc(
+        [],
+        "multi_node: names of more environment variables for the processes on other nodes, tokens "
+        "too; they travel in a file with mode 0600 that is removed at the end.",
+    )
+    preflight: Literal["full", "fast"] = doc(
+        "full",
+        "multi_node: full asks every host before the start (ssh, versions, disk, an all-reduce); "
+        "fast checks this machine only.",
+    )
+    collective_timeout: Positive = doc(
+        1800, "Seconds after which a collective operation that others do not join is an error."
+    )
+    heartbeat_timeout: Positive = doc(
+        60,
+        "multi_node: seconds without a sign of life after which ranks end without their driver, "
+        "and the driver ends a step without one of its ranks.",
+    )
+
     max_restarts: NonNegative = doc(
         0, "Start a failed step again, from its last checkpoint, at most so many times."
     )
@@ -39,6 +78,11 @@ class LaunchConfig(Section):
 
     @model_validator(mode="after")
     def _nodes(self) -> LaunchConfig:
+        if wrong := [name for name in self.forward if not name.isidentifier()]:
+            raise ValueError(
+                f"forward {wrong[0].partition('=')[0]!r}: give a variable's name; its value is "
+                "taken from the environment, so that it appears on no command line"
+            )
         if self.include and self.exclude:
             raise ValueError("include and exclude together: give one of them")
         if self.deployment_type == "single_gpu" and (self.num_gpus or 1) > 1:

@@ -136,11 +136,18 @@ class OptimConfig(Section):
     max_grad_norm: float = doc(1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0)
 
 
+MICRO_BATCH_TOKENS = (
+    "Tokens per forward pass and rank at most: rows times the longest row; unset: not limited. "
+    "Short rows then go many together, up to micro_batch_size."
+)
+
+
 class TrainConfig(Section):
     epochs: Positive = doc(1, "Passes over the step's data.")
     max_steps: Positive | None = doc(None, "Stop after so many optimiser steps.")
     batch_size: Positive = doc(32, "Rows per optimiser step, over all ranks.")
     micro_batch_size: Positive = doc(8, "Rows per forward pass and rank.")
+    micro_batch_tokens: Positive | None = doc(None, MICRO_BATCH_TOKENS)
     eval_batch_size: Positive = doc(32, "Rows per forward pass and rank in evaluation.")
     eval_every: NonNegative = doc(0, "Evaluate every so many steps too; 0: only per epoch.")
     log_every: Positive = doc(10, "Log every so many optimiser steps.")
@@ -285,8 +292,14 @@ class RLConfig(Section):
     reference_engine: EngineConfig = doc(EngineConfig, "Engine of reference and reward model.")
     rollout: RolloutConfig = doc(RolloutConfig, "Generation.")
     ppo: PPOConfig = doc(PPOConfig, "The algorithm's numbers.")
+    share_base: bool | Literal["auto"] = doc(
+        "auto",
+        "With LoRA: policy, reference, critic and reward model share one frozen base; each has its "
+        "own adapters and head. `auto`: where that is possible; true: an error says why not.",
+    )
     iterations: Positive | None = doc(None, "Rollouts; unset: one pass over the prompts.")
     micro_batch_size: Positive = doc(16, "Rows per forward pass and rank, scoring and update.")
+    micro_batch_tokens: Positive | None = doc(None, MICRO_BATCH_TOKENS)
     log_every: Positive = doc(1, "Log every so many iterations.")
     eval: EvalConfig = doc(EvalConfig, "The verdict at the end.")
 

@@ -10,13 +10,14 @@ from rlhf.data.batches import (
     collate_sft,
     row_lengths,
 )
-from rlhf.data.plan import plan_batches, whole_pass
+from rlhf.data.plan import Budget, plan_batches, whole_pass
 from rlhf.data.prepare import StageData, prepare
 from rlhf.data.replay import Replayable
 from rlhf.data.texts import texts
 
 __all__ = [
     "IGNORED",
+    "Budget",
     "PairBatch",
     "PromptBatch",
     "Replayable",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,11 +17,63 @@ import numpy as np
 GROUP_SHARE = 4
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What one forward pass may hold: rows, and tokens (rows x longest row) if they are limited."""
+
+    rows: int
+    tokens: int | None = None
+
+    @classmethod
+    def of(cls, value: int | Budget) -> Budget:
+        return value if isinstance(value, Budget) else cls(value)
+
+
+def pieces_needed(lengths: Sequence[int], budget: Budget) -> int:
+    """The fewest micro-batches within the budget; `lengths` in descending order."""
+    return len(_filled(lengths, budget)) if budget.tokens else -(-len(lengths) // budget.rows)
+
+
+def piece_sizes(lengths: Sequence[int], budget: Budget, pieces: int) -> list[int]:
+    """Rows of each of `pieces` micro-batches, within the budget; `lengths` in descending order.
+
+    Without a token limit: as even as possible. With one: each is filled up, long rows with long
+    rows, and the fullest are halved until there are enough. A row over the limit is alone. Where
+    there are fewer rows than pieces the last ones are empty.
+
+    Raises:
+        ValueError: fewer pieces than `pieces_needed`.
+    """
+    least = pieces_needed(lengths, budget)
+    if pieces < least:
+        raise ValueError(f"{pieces} micro-batches are too few, {least} are needed")
+    if budget.tokens is None:
+        return [len(part) for part in np.array_split(np.arange(len(lengths)), pieces)]
+    sizes = _filled(lengths, budget)
+    while len(sizes) < min(pieces, len(lengths)):
+        starts = np.cumsum([0, *sizes[:-1]])
+        work = [size * lengths[i] if size > 1 else 0 for i, size in zip(starts, sizes, strict=True)]
+        fullest = int(np.argmax(work))
+        half = sizes[fullest] // 2
+        sizes[fullest : fullest + 1] = [half, sizes[fullest] - half]
+    return sizes + [0] * (pieces - len(sizes))
+
+
+def _filled(lengths: Sequence[int], budget: Budget) -> list[int]:
+    sizes: list[int] = []
+    start = 0
+    while start < len(lengths):
+        fitting = (budget.tokens or 0) // max(lengths[start], 1)
+        sizes.append(min(max(fitting, 1), budget.rows, len(lengths) - start))
+        start += sizes[-1]
+    return sizes
+
+
 def plan_batches(
     lengths: Sequence[int],
     *,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_size: int | Budget,
     rank: int,
     world_size: int,
     seed: int,
@@ -31,7 +84,8 @@ def plan_batches(
 
     Every row occurs once per epoch over all ranks. All ranks have the same number of micro-batches
     in a step; one may be empty. Within a step rows are sorted by length (longest first) and cut
-    into micro-batches of nearly equal size, which are dealt to the ranks in turn.
+    into micro-batches, of nearly equal size or by a token limit (`piece_sizes`), which are dealt to
+    the ranks in turn.
 
     With `groups` (one number per row, equal for rows of one prompt), rows of a group share a global
     batch if the group has at most batch_size / 4 rows; larger groups are spread like single rows.
@@ -75,18 +129,25 @@ def _grouped(
 
 
 def _deal(
-    batch: list[int], lengths: Sequence[int], micro_batch_size: int, rank: int, world_size: int
+    batch: list[int],
+    lengths: Sequence[int],
+    micro_batch_size: int | Budget,
+    rank: int,
+    world_size: int,
 ) -> list[list[int]]:
     if not batch:
         return []
+    budget = Budget.of(micro_batch_size)
     rows = sorted(batch, key=lambda row: (-lengths[row], row))
-    per_rank = -(-len(rows) // (world_size * micro_batch_size))
-    pieces = np.array_split(np.asarray(rows, dtype=np.int64), per_rank * world_size)
-    return [piece.tolist() for piece in pieces[rank::world_size]]
+    found = [lengths[row] for row in rows]
+    pieces = -(-pieces_needed(found, budget) // world_size) * world_size
+    ends = np.cumsum(piece_sizes(found, budget, pieces)).tolist()
+    cut = [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return cut[rank::world_size]
 
 
 def whole_pass(
-    lengths: Sequence[int], *, micro_batch_size: int, rank: int, world_size: int
+    lengths: Sequence[int], *, micro_batch_size: int | Budget, rank: int, world_size: int
 ) -> list[list[int]]:
     """Every row once over all ranks, for evaluation: this rank's micro-batches of row numbers."""
     return _deal(list(range(len(lengths))), lengths, micro_batch_size, rank, world_size)

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-TIMEOUT = datetime.timedelta(minutes=30)
+DEFAULT_TIMEOUT = 1800
 
 
 def init_distributed() -> tuple[int, int]:
@@ -29,8 +29,35 @@ def init_distributed() -> tuple[int, int]:
         # hosts the op crashes (docs/decisions/0004-no-shm-comm.md).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(timeout=TIMEOUT)
+        timeout = collective_timeout()
+        bind_timeout()
+        deepspeed.init_distributed(timeout=timeout)
     return rank(), world_size()
+
+
+def collective_timeout() -> datetime.timedelta:
+    """`launch.collective_timeout`, as the driver or the harness has put it into the environment."""
+    return datetime.timedelta(
+        seconds=int(os.environ.get("RLHF_COLLECTIVE_TIMEOUT", DEFAULT_TIMEOUT))
+    )
+
+
+def bind_timeout() -> None:
+    """Groups that DeepSpeed makes get the timeout too.
+
+    DeepSpeed clones the group of all ranks for ZeRO's collectives with torch's `new_group(ranks)`,
+    without a timeout: 30 minutes, whatever init_distributed or DEEPSPEED_TIMEOUT say.
+    """
+    from deepspeed.comm.torch import TorchBackend
+
+    if getattr(TorchBackend.new_group, "bound_by_rlhf", False):
+        return
+
+    def new_group(self: Any, ranks: Any) -> Any:
+        return dist.new_group(ranks, timeout=collective_timeout())
+
+    new_group.bound_by_rlhf = True  # type: ignore[attr-defined]
+    TorchBackend.new_group = new_group
 
 
 def rank() -> int:
@@ -87,14 +114,18 @@ def broadcast_object(item: Any) -> Any:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Each node's first rank runs the body before its others: they find its result in a cache."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not first:
+    """Rank 0 runs the body, then each other node's first rank, then the rest of all ranks.
+
+    Who comes later finds the result in a cache, be that shared by the nodes or each node's own. Two
+    nodes never write at the same time what is shared.
+    """
+    turn = 0 if rank() == 0 else 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
+    for _ in range(turn):
         barrier()
     try:
         yield
     finally:
-        if first:
+        for _ in range(2 - turn):
             barrier()
 
 

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.algo.logprobs import log_probs_from_hidden
+from rlhf.algo.logprobs import CHUNK, TokenLoss, head_calls, head_loss, log_probs_from_hidden
 from rlhf.config.schema import EngineConfig, ModelConfig
 from rlhf.engine import comm
 from rlhf.engine.zero3 import is_sharded, sharded_loading
 from rlhf.models.adapters import add_adapters, plain
+from rlhf.models.attention import fast_attention
 from rlhf.models.families import logit_transform, no_dropout, takes_position_ids
 from rlhf.models.loading import check_complete, explain_load_errors, load_arguments
 
-HEAD_CHUNK = 256  # token rows of logits alive at once: 256 x 50k x 4 bytes = 51 MB
+HEAD_CHUNK = CHUNK  # token rows of logits alive at once: 256 x 50k x 4 bytes = 51 MB
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -42,9 +43,10 @@ class Backbone(torch.nn.Module):
             extra["position_ids"] = positions(attention_mask)
         # Without padding the mask says nothing, and attention kernels are faster without it.
         mask = None if attention_mask.all() else attention_mask.long()
-        return decoder(
-            input_ids=input_ids, attention_mask=mask, use_cache=False, **extra
-        ).last_hidden_state
+        with fast_attention(decoder):
+            return decoder(
+                input_ids=input_ids, attention_mask=mask, use_cache=False, **extra
+            ).last_hidden_state
 
 
 class CausalModel(Backbone):
@@ -57,8 +59,9 @@ class CausalModel(Backbone):
         score_mask: torch.Tensor,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        token_loss: TokenLoss | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs of the tokens that count.
+        """Log-probs of the tokens that count, or the sum of a loss over them.
 
         Args:
             input_ids: (B, T) int64.
@@ -66,10 +69,26 @@ class CausalModel(Backbone):
             score_mask: (B, T) bool; position t counts the prediction of `input_ids[:, t]`.
             temperature: logits are divided by it.
             with_entropy: also the entropy of each predicted distribution, in nats.
+            token_loss: see `head_loss`; it gets the counted tokens, row by row, in chunks.
 
         Returns:
             log_probs (B, T) fp32, 0 where not counted; entropy likewise, or None.
+            With `token_loss`: the scalar fp32 loss, and None.
         """
+        head = self._simple_head() if token_loss is not None else None
+        if token_loss is not None and head is not None:
+            counted = score_mask[:, 1:]
+            loss = head_loss(
+                self.hidden(input_ids, attention_mask)[:, :-1][counted],
+                head.weight,
+                head.bias,
+                input_ids[:, 1:][counted],
+                token_loss,
+                temperature,
+                chunk=HEAD_CHUNK,
+                with_entropy=with_entropy,
+            )
+            return loss, None
         hidden = self.hidden(input_ids, attention_mask)[:, :-1]
         causal = plain(self.model)
         log_probs, entropy = log_probs_from_hidden(
@@ -78,21 +97,35 @@ class CausalModel(Backbone):
             input_ids[:, 1:],
             temperature=temperature,
             chunk=HEAD_CHUNK,
-            min_calls=self._head_calls(input_ids),
+            min_calls=self._head_calls(score_mask[:, 1:]),
             mask=score_mask[:, 1:],
             logit_transform=logit_transform(causal.config),
             with_entropy=with_entropy,
         )
+        if token_loss is not None:
+            counted = score_mask[:, 1:]
+            entropies = None if entropy is None else entropy[counted]
+            return token_loss(log_probs[counted], entropies, slice(0, int(counted.sum()))), None
         pad = (1, 0)
         log_probs = torch.nn.functional.pad(log_probs, pad)
         return log_probs, None if entropy is None else torch.nn.functional.pad(entropy, pad)
 
-    def _head_calls(self, input_ids: torch.Tensor) -> int:
+    def _simple_head(self) -> torch.nn.Linear | None:
+        """The head, where its logits are a plain product with weights that are all here."""
+        causal = plain(self.model)
+        head = causal.get_output_embeddings()
+        hooked = head._forward_hooks or head._forward_pre_hooks
+        if type(head) is not torch.nn.Linear or hooked or is_sharded(head.parameters()):
+            return None
+        trained_bias = head.bias is not None and head.bias.requires_grad
+        return None if trained_bias or logit_transform(causal.config) else head
+
+    def _head_calls(self, counted: torch.Tensor) -> int:
         """Under ZeRO-3 every head call is a collective: ranks agree on the largest number."""
         if not is_sharded(self.model.parameters()):
             return 1
-        calls = -(-input_ids[:, 1:].numel() // HEAD_CHUNK)
-        return int(comm.all_reduce(torch.tensor(calls, device=input_ids.device), "max"))
+        calls = torch.tensor(head_calls(int(counted.sum()), HEAD_CHUNK), device=counted.device)
+        return int(comm.all_reduce(calls, "max"))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model

@@ -42,7 +42,11 @@ def make():
     if step == 3:
         (run / "step3_ppo" / "verdict.txt").write_text("reward 1.0 -> 2.0\\n")
 
+(logs / "rank0.done.json").unlink(missing_ok=True)
 if mode in ("ok", "crash_after"):
+    make()
+    (logs / "rank0.done.json").write_text(json.dumps({{"rank": 0, "host": "here"}}))
+elif mode == "no_marker":
     make()
 elif mode == "record_after":
     make()

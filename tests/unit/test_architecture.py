@@ -23,9 +23,10 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # file or folder -> what of ours it may import (itself always)
 MAY_IMPORT = {
     "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact"),
-    "launch": ("rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact"),
+    "launch": ("rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact", "rlhf.lifeline"),
     "rlhf/errors.py": (),
     "rlhf/redact.py": (),
+    "rlhf/lifeline.py": (),
     "rlhf/config": ("rlhf.errors", "rlhf.redact"),
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
     "rlhf/algo": (),

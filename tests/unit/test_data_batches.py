@@ -18,7 +18,7 @@ from rlhf.data.batches import (
     plan_batches,
     row_lengths,
 )
-from rlhf.data.plan import whole_pass
+from rlhf.data.plan import Budget, piece_sizes, pieces_needed, whole_pass
 from tests.unit.data_help import SHARED, gpt2_like, needs_shared, run
 
 PAD, EOS = 9, 2
@@ -235,3 +235,49 @@ def test_twenty_prompts_still_mix(batch_size: int, tmp_path: Path) -> None:
     assert len(steps) == -(-len(lengths) // batch_size)
     distinct = [len({groups[row] for micro in step for row in micro}) for step in steps]
     assert sum(distinct) / len(distinct) > 8
+
+
+def test_pieces_by_hand() -> None:
+    """At most 20 tokens (rows x longest) and 4 rows; 30 is over the limit and goes alone."""
+    lengths = [30, 10, 9, 5, 5, 4, 3, 3, 2, 1]
+    budget = Budget(rows=4, tokens=20)
+    assert pieces_needed(lengths, budget) == 4
+    assert piece_sizes(lengths, budget, 4) == [1, 2, 4, 3]
+    assert piece_sizes(lengths, budget, 5) == [1, 1, 1, 4, 3], "the fullest (2 x 10) is halved"
+    assert piece_sizes([4, 2], budget, 3) == [1, 1, 0]
+    assert piece_sizes(lengths, Budget(4), 3) == [4, 3, 3]
+    with pytest.raises(ValueError, match="4 are needed"):
+        piece_sizes(lengths, budget, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    st.integers(1, 8),
+    st.one_of(st.none(), st.integers(1, 120)),
+    st.integers(1, 4),
+)
+def test_a_token_budget_is_kept(
+    lengths: list[int], rows: int, tokens: int | None, world: int
+) -> None:
+    """30: every row once over the ranks, as many micro-batches on each, none over the budget."""
+    parts = [
+        plan_batches(
+            lengths,
+            batch_size=16,
+            micro_batch_size=Budget(rows, tokens),
+            rank=rank,
+            world_size=world,
+            seed=1,
+            epoch=0,
+        )
+        for rank in range(world)
+    ]
+    seen = [row for part in parts for step in part for piece in step for row in piece]
+    assert sorted(seen) == list(range(len(lengths)))
+    for steps in zip(*parts, strict=True):
+        assert len({len(step) for step in steps}) == 1
+        for piece in (piece for step in steps for piece in step):
+            assert len(piece) <= rows
+            if tokens is not None and len(piece) > 1:
+                assert len(piece) * max(lengths[row] for row in piece) <= tokens

@@ -135,7 +135,7 @@ def test_models_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
         (["--step", "4"], "choose from 1, 2, 3"),
         (["--step", "one"], "invalid int value"),
         (["--deployment-type", "cloud"], "'single_gpu', 'single_node' or 'multi_node'"),
-        (["--launcher", "ssh"], "'deepspeed' or 'torchrun'"),
+        (["--launcher", "ssh"], "'deepspeed', 'torchrun', 'accelerate' or 'slurm'"),
         (["--actor-zero-stage", "4"], "--actor-zero-stage: step1.engine.zero_stage = 4"),
         (["--actor-modle", "x"], "Did you mean --actor-model?"),
         (["--num-gpus", "two"], "must be a whole number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -247,6 +248,23 @@ def test_other_tokenizers_do_not_fit(driver, tmp_path: Path) -> None:
     assert code == 3
     assert "was trained with tokenizer uuuuuuuu, the actor's" in err
     assert "retrain step 2" in err
+
+
+def test_another_runs_artifact_in_the_place_of_ours(driver, tmp_path: Path) -> None:
+    """Issue 5: whole and verified, but not the one that step 2 was trained from: its id tells."""
+    assert driver()[0] == 0
+    assert driver("--name", "other", "--seed", "5", "--step", "1")[0] == 0
+    run, other = RunDir(tmp_path / "output/tiny_cpu"), RunDir(tmp_path / "output/other")
+    shutil.rmtree(run.artifact("sft"))
+    shutil.copytree(other.artifact("sft"), run.artifact("sft"))
+    code, _, err = driver("--step", "3")
+    assert code == 3
+    assert f"but {run.artifact('sft')} is {read_manifest(run.artifact('sft')).id[:12]}" in err
+    assert "--step 2 3" in err
+    assert driver("--step", "2", "3")[0] == 0
+    # Made again, without step 2: the same.
+    assert driver("--step", "1", "--force")[0] == 0
+    assert driver("--step", "3")[0] == 3
 
 
 def test_what_the_run_writes_down(driver, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -18,6 +19,7 @@ from launch.ports import choose_port, free_port, port_problem
 from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
 from rlhf.config import load_config
 from rlhf.config.load import parse_overrides
+from rlhf.config.schema import LaunchConfig
 from rlhf.errors import ConfigError, RequirementError
 
 SCRIPT = Path("/p/step1_sft/main.py")
@@ -33,7 +35,8 @@ def nodes(**changes) -> Placement:
 
 def test_the_launchers_of_the_schema_exist() -> None:
     """C7."""
-    assert set(LAUNCHERS) == {"deepspeed", "torchrun"}
+    named = get_args(LaunchConfig.model_fields["launcher"].annotation)
+    assert set(LAUNCHERS) == set(named) == {"deepspeed", "torchrun", "accelerate", "slurm"}
 
 
 def test_deepspeed_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,7 +102,6 @@ def test_torchrun() -> None:
         "-m",
         "torch.distributed.run",
         "--nnodes=1",
-        "--node-rank=0",
         "--nproc-per-node=2",
         "--master-addr=127.0.0.1",
         "--master-port=4567",
@@ -107,12 +109,17 @@ def test_torchrun() -> None:
         *ARGS,
     ]
     command = torchrun.command(SCRIPT, ARGS, nodes(node_rank=1, master_addr="x"))
-    assert command[3:6] == ["--nnodes=2", "--node-rank=1", "--nproc-per-node=2"]
+    assert command[3:8] == [
+        "--nnodes=2",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=x:29500",
+        "--rdzv-id=rlhf-29500",
+    ]
+    assert "--rdzv-endpoint=a:29500" in torchrun.command(SCRIPT, ARGS, nodes())
 
 
 def test_torchrun_says_what_it_cannot_do() -> None:
-    with pytest.raises(ConfigError, match="--node-rank and --master-addr"):
-        torchrun.command(SCRIPT, ARGS, nodes())
     uneven = nodes(hosts={"a": [0], "b": [0, 1]}, node_rank=0, master_addr="x")
     with pytest.raises(ConfigError, match="same number of processes on every node"):
         torchrun.command(SCRIPT, ARGS, uneven)

@@ -10,6 +10,7 @@ import torch
 
 from rlhf import data
 from rlhf.config.schema import PPOConfig
+from rlhf.data.plan import Budget
 from step3_ppo import update as update_module
 from step3_ppo.experience import answer_values, policy_log_probs
 from step3_ppo.rollout import Rollout
@@ -33,8 +34,8 @@ def engines(critic: bool = True, lr: float = 1e-3) -> tuple[Any, Any]:
 
 
 def run(
-    rollout: Rollout, settings: PPOConfig, *, size: int = 6, critic: bool = True, lr: float = 1e-3,
-    seed: int = 1, **options: Any,
+    rollout: Rollout, settings: PPOConfig, *, size: int | Budget = 6, critic: bool = True,
+    lr: float = 1e-3, seed: int = 1, **options: Any,
 ) -> tuple[dict[str, float], Any, Any]:  # fmt: skip
     actor, value = engines(critic, lr)
     stats = update(
@@ -111,8 +112,8 @@ def test_one_step_against_autograd() -> None:
     assert stats["value_loss"] == pytest.approx(squared[counted].mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_change_nothing(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 4, Budget(6, 20), Budget(2, 40)])
+def test_micro_batches_change_nothing(size: int | Budget) -> None:
     """30: the same statistics and weights for any micro-batch size, with KL loss and entropy."""
     settings = ppo_settings(epochs=2, minibatches=2, entropy_coef=0.01)
     found = [run(scored_rollout(), settings, size=s, kl_loss_coef=0.1) for s in (size, 6)]

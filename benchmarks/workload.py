@@ -1,0 +1,240 @@
+"""Models and prompts that the benchmarks share, and one PPO iteration of ours over them.
+
+Weights are random: speed does not depend on them. Where answers end is decided by a constant bias
+on the EOS logit, the same on both sides of a comparison: never, or with one chance at every token.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import math
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    OPTConfig,
+)
+
+PAD, EOS, BOS = 0, 1, 2
+PROMPT, ANSWER, MEAN_EARLY = 128, 64, 24
+NEVER = -1e4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one iteration does, on either side of a comparison."""
+
+    model: str = "6m"  # a name in CONFIGS
+    dtype: str = "bfloat16"
+    rows: int = 16
+    early: bool = False  # answers of MEAN_EARLY tokens in the mean, at most ANSWER
+    epochs: int = 1
+    micro: int = 16  # rows in a forward of scoring and update
+    seed: int = 0
+
+
+def opt_6m() -> Any:
+    """Six layers of width 256: what DeepSpeed-Chat's known figure is for."""
+    return OPTConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        word_embed_proj_dim=256,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        ffn_dim=1024,
+        max_position_embeddings=512,
+        dropout=0.0,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+    )
+
+
+def llama_135m() -> Any:
+    """SmolLM2-135M's shape, from its config.json."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+    )
+
+
+CONFIGS = {"6m": opt_6m, "135m": llama_135m}
+
+
+@functools.cache
+def model_dirs(name: str, seed: int = 0) -> tuple[str, str]:
+    """Directories with a random policy and a random reward model; removed at the process's end."""
+    root = Path(tempfile.mkdtemp(prefix=f"rlhf-bench-{name}-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "policy")
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(root / "reward")
+    return str(root / "policy"), str(root / "reward")
+
+
+def end_answers(model: Any, early: bool) -> None:
+    """Gives the head a frozen bias: the pad is never sampled, EOS never or at a constant rate."""
+    head = model.get_output_embeddings()
+    vocab = head.weight.shape[0]
+    bias = torch.zeros(vocab, dtype=head.weight.dtype)
+    bias[PAD] = NEVER
+    chance = _chance_of_end()
+    bias[EOS] = math.log(vocab - 2) + math.log(chance / (1 - chance)) if early else NEVER
+    head.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def _chance_of_end() -> float:
+    """p with E[min(geometric(p), ANSWER)] = MEAN_EARLY, by bisection."""
+    low, high = 1e-6, 0.5
+    for _ in range(60):
+        p = (low + high) / 2
+        mean = (1 - (1 - p) ** ANSWER) / p
+        low, high = (p, high) if mean > MEAN_EARLY else (low, p)
+    return low
+
+
+def prompts(workload: Workload, batches: int = 1) -> torch.Tensor:
+    """(batches * rows, PROMPT) random ids without special tokens."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    vocab = CONFIGS[workload.model]().vocab_size
+    return torch.randint(3, vocab, (batches * workload.rows, PROMPT), generator=generator)
+
+
+class OurPPO:
+    """Step 3's own acts over the workload: what `Trainer.iterate` runs, without logging."""
+
+    def __init__(self, workload: Workload, changes: dict[str, Any] | None = None) -> None:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        from rlhf.algo.kl import build_kl_controller
+        from rlhf.config.schema import RLConfig
+        from rlhf.data.batches import PromptBatch
+        from rlhf.engine import comm
+        from rlhf.rollout import build_rollout
+        from step3_ppo.roles import load_roles
+
+        comm.init_distributed()
+        self.workload = workload
+        self.settings = RLConfig(**_merged(_settings(workload), changes or {}))
+        policy, reward = model_dirs(workload.model, workload.seed)
+        self.roles = load_roles(
+            self.settings,
+            _Tokenizer(CONFIGS[workload.model]().vocab_size),
+            sft=policy,
+            reward=reward,
+            actor_steps=1000,
+            critic_steps=1000,
+            needs_critic=True,
+            say=lambda _: None,
+        )
+        for engine in (self.roles.actor, self.roles.reference):
+            end_answers(_plain(engine), workload.early)
+        self.controller = build_kl_controller(0.05, None, 1.0)
+        ids = prompts(workload)[comm.rank() :: comm.world_size()]
+        self.prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), [])
+        self.sampler = build_rollout(
+            "continuous",
+            self.roles.actor.deepspeed,
+            SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS),
+            batch_size=workload.rows,
+            seed=workload.seed,
+            rank=comm.rank(),
+        )
+        self.iterations = 0
+
+    def iteration(self) -> dict[str, float]:
+        """One PPO iteration. Returns CPU seconds of each phase, and the iteration's figures."""
+        from rlhf.algo.algorithms import ALGORITHMS
+        from step3_ppo.experience import credit, generate, score
+        from step3_ppo.update import update
+
+        settings, roles = self.settings, self.roles
+        began = time.process_time()
+        with roles.actor.evaluating():
+            rollout = generate(self.sampler, self.prompts, settings.rollout)
+        sampled = time.process_time()
+        rollout = score(roles, rollout, 1.0, settings.micro_batch_size)
+        rollout, stats = credit(
+            rollout, ALGORITHMS["ppo"], settings.ppo, self.controller, (0.0, 1.0), 1
+        )
+        scored = time.process_time()
+        stats |= update(
+            roles.actor,
+            roles.critic,
+            rollout,
+            settings.ppo,
+            temperature=1.0,
+            micro_batch_size=settings.micro_batch_size,
+            seed=self.iterations,
+        )
+        updated = time.process_time()
+        self.iterations += 1
+        return stats | {
+            "cpu_rollout": sampled - began,
+            "cpu_score": scored - sampled,
+            "cpu_update": updated - scored,
+        }
+
+
+def _settings(workload: Workload) -> dict[str, Any]:
+    role = {
+        "model": {"dtype": workload.dtype},
+        "optim": {"learning_rate": 1e-6, "scheduler": "constant"},
+    }
+    return {
+        "actor": role,
+        "critic": role,
+        "rollout": {
+            "prompts": workload.rows,
+            "batch_size": workload.rows,
+            "max_prompt_length": PROMPT,
+            "max_new_tokens": ANSWER,
+        },
+        "ppo": {"epochs": workload.epochs},
+        "micro_batch_size": workload.micro,
+    }
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    both = dict(one)
+    for key, value in other.items():
+        both[key] = _merged(both.get(key, {}), value) if isinstance(value, dict) else value
+    return both
+
+
+def _plain(engine: Any) -> Any:
+    from rlhf.models.adapters import plain
+
+    return plain(engine.module.model)
+
+
+class _Tokenizer:
+    pad_token_id, eos_token_id = PAD, EOS
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size

@@ -1,0 +1,125 @@
+"""What ties a rank to its driver, on any host: numbers, signs of life, a completion marker.
+
+In a step's logs directory, which all hosts share:
+
+    driver.beat       the driver counts in it while it lives; "stop": save and end; "ended": it is
+                      done, end at once
+    rankK.alive       rank K counts in it while it lives (JSON: host, pid, count, ended)
+    rankK.done.json   rank K has come to the end of the step
+
+A killed driver, pdsh or deepspeed leaves the ranks on other hosts running: nothing tells them. So
+each rank reads the driver's count in a thread, and ends when it says so or stands still.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+BEAT_FILE, ENDED, STOP = "driver.beat", "ended", "stop"
+INTERVAL_SECONDS = 1.0
+HEARTBEAT, FORWARDED = "RLHF_HEARTBEAT", "RLHF_FORWARDED"
+EXIT_WITHOUT_DRIVER = 143  # as if it had been told to terminate
+# scheduler -> our variable -> its variable
+SCHEDULERS = {
+    "openmpi": {
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    },
+    "slurm": {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"},
+}
+
+
+def adopt_environment(environ: MutableMapping[str, str]) -> None:
+    """Rank and world size from mpirun or srun, and the variables that were forwarded by file.
+
+    Only where the driver has said so (RLHF_RANKS_FROM): a shell inside an allocation has Slurm's
+    variables too, and is no rank.
+    """
+    names = SCHEDULERS.get(environ.get("RLHF_RANKS_FROM", ""), {})
+    if "RANK" not in environ and all(theirs in environ for theirs in names.values()):
+        environ.update({ours: environ[theirs] for ours, theirs in names.items()})
+    if path := environ.get(FORWARDED):
+        environ.update(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+class Lifeline:
+    """A rank's signs of life, and its watch over the driver's. `start` once, `end` once."""
+
+    def __init__(self, logs: Path, rank: int, environ: MutableMapping[str, str]) -> None:
+        self.beat = logs / BEAT_FILE
+        self.alive = logs / f"rank{rank}.alive"
+        self.done = logs / f"rank{rank}.done.json"
+        self.rank = rank
+        self.timeout = float(environ.get(HEARTBEAT, "0"))
+        self._ending = threading.Event()
+        self._checked = time.monotonic()
+        self._count = 0
+
+    def start(self) -> None:
+        """Removes an earlier marker; watches the driver if it says that it can be watched."""
+        self.done.unlink(missing_ok=True)
+        if self.timeout > 0:
+            self._sign()
+            # Two threads: reading from a lost network file system may never return.
+            threading.Thread(target=self._watch, daemon=True, name="lifeline").start()
+            threading.Thread(target=self._judge, daemon=True, name="lifeline-timer").start()
+
+    def end(self, finished: bool) -> None:
+        """The last thing a rank does. `finished`: it came to the step's end without an error."""
+        self._ending.set()
+        if finished:
+            write(self.done, {"rank": self.rank, "host": socket.gethostname(), "time": time.time()})
+        if self.timeout > 0:
+            self._sign(ended=True)
+
+    def _sign(self, ended: bool = False) -> None:
+        self._count += 1
+        who = {"host": socket.gethostname(), "pid": os.getpid()}
+        with contextlib.suppress(OSError):  # a full disk must not end a healthy rank
+            state = {"rank": self.rank, **who, "count": self._count, "ended": ended}
+            write(self.alive, state)
+
+    def _watch(self) -> None:
+        last = ""
+        while not self._ending.wait(INTERVAL_SECONDS):
+            self._sign()
+            with contextlib.suppress(OSError):
+                found = self.beat.read_text(encoding="utf-8")
+                if found == ENDED:
+                    self._leave("the driver has ended this step")
+                if found.startswith(STOP) and not last.startswith(STOP):
+                    os.kill(os.getpid(), signal.SIGTERM)  # as where the launcher passes it on
+                if found != last:
+                    last, self._checked = found, time.monotonic()
+
+    def _judge(self) -> None:
+        while not self._ending.wait(INTERVAL_SECONDS):
+            if time.monotonic() - self._checked > self.timeout:
+                self._leave(f"no sign of life of the driver for {self.timeout:g} s ({self.beat})")
+
+    def _leave(self, why: str) -> None:
+        if self._ending.is_set():
+            return
+        with contextlib.suppress(Exception):
+            print(f"rank {self.rank}: {why}: it ends too", file=sys.stderr, flush=True)
+        self._sign(ended=True)
+        os._exit(EXIT_WITHOUT_DRIVER)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """JSON by rename: a reader on another host sees the old or the new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, path)
