@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.algorithms import Algorithm
+from rlhf.algo.importance import importance_weights, sampler_gap
 from rlhf.algo.kl import KLController
 from rlhf.algo.rewards import missing_eos, normalize_and_clip_scores, token_rewards
 from rlhf.config.schema import PPOConfig, RolloutConfig
@@ -149,6 +150,33 @@ def credit(
     }
     controller.update(stats["kl_per_answer"], int(answers))
     return replace(rollout, advantages=advantages, returns=returns), stats
+
+
+def correct_sampler(rollout: Rollout, cap: float | None) -> tuple[Rollout, dict[str, float]]:
+    """Advantages weighted for tokens that another engine sampled, where `cap` is set; and how far
+    its log-probs are from ours, over all ranks. Nothing where the policy itself sampled."""
+    reported = rollout.sampler_log_probs
+    if reported is None:
+        return rollout, {}
+    mask, old = rollout.answer_mask, rollout.need("log_probs")
+    gap = sampler_gap(old, reported, mask).abs()
+    weights = importance_weights(old, reported, mask, cap or 1.0)
+    sums = comm.sum_over_ranks(
+        {
+            "tokens": float(mask.sum()),
+            "gap": float(gap.double().sum()),
+            "weight": float((weights * mask).double().sum()),
+        }
+    )
+    tokens = max(sums["tokens"], 1.0)
+    stats = {
+        "sampler_gap": sums["gap"] / tokens,
+        "sampler_gap_max": float(comm.all_reduce(gap.max(), "max")),
+    }
+    if cap is None:
+        return rollout, stats
+    stats["importance_weight"] = sums["weight"] / tokens
+    return replace(rollout, advantages=rollout.need("advantages") * weights), stats
 
 
 class Clock:

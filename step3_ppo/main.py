@@ -25,7 +25,7 @@ from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout
 from step3_ppo.conclude import conclude
 from step3_ppo.evaluate import answer_ids
-from step3_ppo.experience import Clock, credit, generate, score
+from step3_ppo.experience import Clock, correct_sampler, credit, generate, score
 from step3_ppo.health import check_finite, check_kl
 from step3_ppo.parents import check_tokenizers
 from step3_ppo.roles import Roles, load_roles
@@ -215,6 +215,8 @@ class Trainer:
                 rollout_settings.samples_per_prompt,
             )
             check_kl(rollout, stats["kl_per_token"], ppo.max_kl)
+            rollout, gap = correct_sampler(rollout, rollout_settings.importance_cap)
+            stats |= gap
             stats |= value_quality(rollout)
             clock.lap("score")
             # 5. PPO epochs.

@@ -200,8 +200,10 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["continuous", "hybrid"] = doc(
-        "continuous", "`continuous`: ours, rows retire at EOS; `hybrid`: DeepSpeed's own."
+    engine: Literal["continuous", "hybrid", "vllm"] = doc(
+        "continuous",
+        "`continuous`: ours, rows retire at EOS; `hybrid`: DeepSpeed's own; `vllm`: vLLM in the "
+        "trainer's process.",
     )
     hybrid_kernels: bool = doc(False, "With `hybrid`, DeepSpeed's inference kernels (GPU only).")
     prompts: Positive = doc(64, "Prompts per iteration, over all ranks.")
@@ -213,6 +215,25 @@ class RolloutConfig(Section):
     top_k: NonNegative = doc(0, "Sample among the k likeliest tokens; 0: all.")
     top_p: float = doc(1.0, "Sample within this probability mass.", gt=0, le=1)
     stop: list[str] = doc([], "Strings that end an answer.")
+    importance_cap: float | None = doc(
+        None, "With `vllm`: policy terms are weighted by p / p_vllm, at most this.", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _importance(self) -> RolloutConfig:
+        if self.importance_cap is None:
+            return self
+        if self.engine != "vllm":
+            raise ValueError(
+                f"importance_cap {self.importance_cap} corrects for another engine's rounding, and "
+                f"engine {self.engine!r} samples with the policy itself: leave it unset"
+            )
+        if self.temperature != 1 and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                "importance_cap needs the log-probs that vLLM sampled with, which it does not tell "
+                "with a temperature and top_k or top_p together: use one or the other"
+            )
+        return self
 
 
 class PPOConfig(Section):
