@@ -20,7 +20,7 @@ class DataConfig(Section):
     path: list[str] = doc(
         ["sample:courtesy"],
         "Data sets: `sample:courtesy` (ships with the project), files or directories "
-        "(json, jsonl, csv, parquet, arrow), fsspec URLs, or hub ids.",
+        "(json, jsonl, csv, parquet, arrow), http(s) or fsspec URLs, or hub ids.",
         min_length=1,
     )
     columns: dict[str, str] = doc(
@@ -333,7 +333,7 @@ class RLConfig(Section):
 class RunConfig(Section):
     """One run: where it goes, what it reads, and the three steps."""
 
-    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w.+-]+$")
+    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w+-][\w.+-]*$")
     output_dir: str = doc("output", "Where runs are kept.")
     seed: int = doc(1234, "Everything random derives from it.", ge=0, lt=2**31)
     launch: LaunchConfig = doc(LaunchConfig, "Processes.")

@@ -14,7 +14,12 @@ from rlhf.engine.zero3 import is_sharded, sharded_loading
 from rlhf.models.adapters import add_adapters, plain
 from rlhf.models.attention import fast_attention
 from rlhf.models.families import logit_transform, no_dropout, takes_position_ids
-from rlhf.models.loading import check_complete, explain_load_errors, load_arguments
+from rlhf.models.loading import (
+    check_complete,
+    explain_load_errors,
+    load_arguments,
+    refuse_kernels,
+)
 
 HEAD_CHUNK = CHUNK  # token rows of logits alive at once: 256 x 50k x 4 bytes = 51 MB
 
@@ -176,6 +181,7 @@ def load_causal(
     """
     with explain_load_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    refuse_kernels(name, config, settings)
     if not dropout:
         no_dropout(config)
     with explain_load_errors(name), sharded_loading(engine, dtype=dtype):
