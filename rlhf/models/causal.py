@@ -29,6 +29,29 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
+def packs(config: Any) -> bool:
+    """True where attention takes rows of any length side by side without a mask (flash-attention's
+    varlen kernels). Elsewhere one long row costs more than the pads: docs/performance.md."""
+    return str(getattr(config, "_attn_implementation", "")).startswith("flash_attention")
+
+
+def packed_hidden(
+    decoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """(B, T, D) last hidden states, 0 on pads, from one row of the real tokens alone.
+
+    transformers sees where rows begin by position ids that start at 0 again.
+    """
+    found = decoder(
+        input_ids=input_ids[attention_mask].unsqueeze(0),
+        attention_mask=None,
+        position_ids=positions(attention_mask)[attention_mask].unsqueeze(0),
+        use_cache=False,
+    ).last_hidden_state[0]
+    whole = found.new_zeros(*input_ids.shape, found.shape[-1])
+    return whole.masked_scatter(attention_mask.unsqueeze(-1), found)
+
+
 class Backbone(torch.nn.Module):
     """Shared by policy and scalar model: runs the decoder without its head."""
 
@@ -46,6 +69,8 @@ class Backbone(torch.nn.Module):
         extra = {}
         if takes_position_ids(decoder):
             extra["position_ids"] = positions(attention_mask)
+        if extra and packs(decoder.config) and not attention_mask.all():
+            return packed_hidden(decoder, input_ids, attention_mask)
         # Without padding the mask says nothing, and attention kernels are faster without it.
         mask = None if attention_mask.all() else attention_mask.long()
         with fast_attention(decoder):
