@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from launch import execute, failure
 from launch.gate import RECOVERY
 from launch.plan import StepPlan
 from launch.supervise import Outcome
-from rlhf.config.load import with_values
+from rlhf.config.load import flatten, with_values
 from rlhf.config.resolve import BATCH_KEYS
 from rlhf.errors import StepFailed, UserError
 from rlhf.store import Manifest, RunDir, write_json_atomic
@@ -97,22 +98,24 @@ def _rolled_back(run: RunDir, item: StepPlan, error: UserError) -> tuple[StepPla
 
 
 def _smaller(item: StepPlan, error: UserError) -> tuple[StepPlan, str]:
-    """Half the micro-batch; the optimiser's batch, and so the result, stays."""
-    key = BATCH_KEYS[item.step][1]
-    section: object = item.resolved.config
-    for name in key.split("."):
-        section = getattr(section, name)
-    size = int(str(section))
-    if size == 1:
-        raise StepFailed(f"{error}\n--auto-batch: {key} is 1 already") from error
-    return (
-        _with_settings(item, {key: size // 2}),
-        f"out of memory; --auto-batch sets {key} {size} -> {size // 2} (the batch stays)",
-    )
+    """Half the micro-batch, by rows and by tokens; the optimiser's batch, so the result, stays."""
+    rows = BATCH_KEYS[item.step][1]
+    flat = flatten(item.resolved.config.model_dump())
+    changes = {
+        key: int(flat[key]) // 2
+        for key in (rows, rows.replace("micro_batch_size", "micro_batch_tokens"))
+        if flat.get(key)
+    }
+    if changes[rows] == 0:
+        raise StepFailed(f"{error}\n--auto-batch: {rows} is 1 already") from error
+    told = ", ".join(f"{key} {flat[key]} -> {value}" for key, value in changes.items())
+    return _with_settings(
+        item, changes
+    ), f"out of memory; --auto-batch sets {told} (the batch stays)"
 
 
 def _with_settings(
-    item: StepPlan, changes: dict[str, object], scale: float | None = None
+    item: StepPlan, changes: Mapping[str, object], scale: float | None = None
 ) -> StepPlan:
     resolved = item.resolved.model_copy(
         update={"config": with_values(item.resolved.config, changes)}

@@ -47,20 +47,7 @@ def main(run: StepRun) -> None:
         rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):
-        plans = [
-            data.plan_batches(
-                data.row_lengths(rows["train"].dataset),
-                batch_size=settings.train.batch_size,
-                micro_batch_size=data.Budget(
-                    settings.train.micro_batch_size, settings.train.micro_batch_tokens
-                ),
-                rank=run.rank,
-                world_size=world,
-                seed=run.config.seed,
-                epoch=epoch,
-            )
-            for epoch in range(settings.train.epochs)
-        ]
+        plans = _plans(run, rows["train"].dataset, world)
         total = sum(len(plan) for plan in plans)
         total = min(total, settings.train.max_steps or total)
         engine = TrainEngine(model, settings.engine, settings.optim, dtype=dtype, total_steps=total)
@@ -98,6 +85,25 @@ def main(run: StepRun) -> None:
             tokenizer_fingerprint=models.fingerprint(tokenizer),
         )
     comm.barrier()
+
+
+def _plans(run: StepRun, dataset: Any, world: int) -> list[list[list[list[int]]]]:
+    """Epoch -> optimiser step -> this rank's micro-batches of row numbers."""
+    settings = run.config.step1
+    return [
+        data.plan_batches(
+            data.row_lengths(dataset),
+            batch_size=settings.train.batch_size,
+            micro_batch_size=data.Budget(
+                settings.train.micro_batch_size, settings.train.micro_batch_tokens
+            ),
+            rank=run.rank,
+            world_size=world,
+            seed=run.config.seed,
+            epoch=epoch,
+        )
+        for epoch in range(settings.train.epochs)
+    ]
 
 
 def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:

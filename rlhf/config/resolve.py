@@ -186,10 +186,12 @@ def section_of(config: Mapping[str, Any], step: int) -> dict[str, Any]:
 # Settings of a step's own section that change what is printed, or rounding, but not the result.
 _NOT_DECISIVE = (
     "train.micro_batch_size",
+    "train.micro_batch_tokens",
     "train.eval_batch_size",
     "train.eval_every",
     "train.log_every",
     "micro_batch_size",
+    "micro_batch_tokens",
     "log_every",
 )
 

@@ -380,14 +380,17 @@ def test_numbers_that_are_lost_stop_the_step(
     """NaN in the loss: in that very step, with the micro-batch that made it."""
     from step1_sft import main as sft
 
-    real, calls = sft._nll, []
+    real, calls = sft._counted, []
 
-    def poisoned(engine: Any, batch: Any) -> Any:
-        loss, stats = real(engine, batch)
+    def noted(batch: Any) -> Any:
         calls.append(batch)
-        return (loss * float("nan") if len(calls) == 4 else loss), stats
+        return real(batch)
 
-    monkeypatch.setattr(sft, "_nll", poisoned)
+    def poisoned(log_probs: torch.Tensor, *_: Any) -> torch.Tensor:
+        return -log_probs.sum() * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(sft, "_counted", noted)
+    monkeypatch.setattr(sft, "sum_of_nll", poisoned)
     with pytest.raises(Diverged, match="training loss is nan") as caught:
         step(1, saving(root), root / "run", tmp_path)
     assert caught.value.tensors["input_ids"].equal(calls[3].input_ids)

@@ -52,6 +52,10 @@ class FakeEngine:
         shape = torch.linspace(-2, -1, ids.numel()).view(ids.shape) * self.weight
         if self.kind == "scalar":
             return shape
+        token_loss = token_loss or (rest[3] if len(rest) > 3 else None)
+        if token_loss is not None:
+            rows = shape[rest[0]]
+            return token_loss(rows, rows.detach().abs(), slice(0, len(rows))), None
         counted = shape * rest[0]
         token_loss = rest[3] if len(rest) > 3 else token_loss
         if token_loss is not None:
