@@ -1,6 +1,6 @@
 """The header of a GGUF file as a `config.json`: sizes and names, no weights.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+Format: gguf.md of the ggml project (github.com/ggml-org/ggml), versions 2 and 3.
 """
 
 from __future__ import annotations
