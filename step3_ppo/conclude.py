@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +132,12 @@ def _base_engine(
     return FrozenEngine(model, settings.reference_engine, dtype=roles.actor_dtype)
 
 
-def _whole(engine: Any) -> Any:
-    return kept_whole(engine.module.parameters())
+@contextmanager
+def _whole(engine: Any) -> Iterator[None]:
+    """The engine's model as generation needs it: gathered, and with its own adapters."""
+    in_use = getattr(engine.module, "in_use", nullcontext)
+    with in_use(), kept_whole(engine.module.parameters()):
+        yield
 
 
 def _judge(run: StepRun) -> Judge | None:

@@ -37,8 +37,10 @@ class Evaluation:
     def answers_of(self, engine: Any, gather: Any) -> list[AnswerRecord]:
         """One sampled answer of `engine`'s model to each prompt, scored; over all ranks."""
         rollout_settings = self.settings.rollout.model_copy(update={"samples_per_prompt": 1})
+        # One vLLM a process: it holds the policy's weights, and other models answer here too.
+        name = rollout_settings.engine
         sampler = build_rollout(
-            rollout_settings.engine,
+            "continuous" if name == "vllm" else name,
             engine,
             self.tokenizer,
             batch_size=rollout_settings.batch_size,

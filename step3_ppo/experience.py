@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.algorithms import Algorithm
+from rlhf.algo.importance import importance_weights, sampler_gap
 from rlhf.algo.kl import KLController
 from rlhf.algo.rewards import missing_eos, normalize_and_clip_scores, token_rewards
 from rlhf.config.schema import PPOConfig, RolloutConfig
 from rlhf.data.batches import PromptBatch
 from rlhf.data.plan import Budget
 from rlhf.engine import comm
+from rlhf.engine.memory import peak_since_last
 from rlhf.models import last_values
 from rlhf.rollout import RolloutRequest, SamplingConfig
 from step3_ppo.roles import Roles
@@ -55,15 +57,22 @@ def answer_scores(engine: Any, rollout: Rollout) -> Tensor:
     return last_values(engine(rollout.input_ids, rollout.attention_mask), rollout.attention_mask)
 
 
-def score(roles: Roles, rollout: Rollout, temperature: float, size: int | Budget) -> Rollout:
+def score(
+    roles: Roles,
+    rollout: Rollout,
+    temperature: float,
+    size: int | Budget,
+    old_log_probs: str = "auto",
+) -> Rollout:
     """2. Reward, reference log-probs, old log-probs and old values, without gradients.
 
-    Old log-probs come from the rollout where it computed them as the update does: in fp32. In
-    16 bits decoding rounds differently from a whole forward, and the ratio would not start at 1.
+    Old log-probs (`auto`) come from the rollout where it computed them as the update does: in fp32.
+    In 16 bits decoding rounds differently from a whole forward: the ratio would not start at 1.
     """
     with torch.no_grad():
         old = rollout.log_probs
-        if old is None or roles.actor_dtype != "float32":
+        exact = old_log_probs == "rollout" or roles.actor_dtype == "float32"
+        if old is None or old_log_probs == "forward" or not exact:
             with roles.actor.evaluating():
                 old = rollout.map(lambda r: policy_log_probs(roles.actor, r, temperature), size)
         reference = rollout.map(lambda r: policy_log_probs(roles.reference, r, temperature), size)
@@ -143,14 +152,44 @@ def credit(
     return replace(rollout, advantages=advantages, returns=returns), stats
 
 
+def correct_sampler(rollout: Rollout, cap: float | None) -> tuple[Rollout, dict[str, float]]:
+    """Advantages weighted for tokens that another engine sampled, where `cap` is set; and how far
+    its log-probs are from ours, over all ranks. Nothing where the policy itself sampled."""
+    reported = rollout.sampler_log_probs
+    if reported is None:
+        return rollout, {}
+    mask, old = rollout.answer_mask, rollout.need("log_probs")
+    gap = sampler_gap(old, reported, mask).abs()
+    weights = importance_weights(old, reported, mask, cap or 1.0)
+    sums = comm.sum_over_ranks(
+        {
+            "tokens": float(mask.sum()),
+            "gap": float(gap.double().sum()),
+            "weight": float((weights * mask).double().sum()),
+        }
+    )
+    tokens = max(sums["tokens"], 1.0)
+    stats = {
+        "sampler_gap": sums["gap"] / tokens,
+        "sampler_gap_max": float(comm.all_reduce(gap.max(), "max")),
+    }
+    if cap is None:
+        return rollout, stats
+    stats["importance_weight"] = sums["weight"] / tokens
+    return replace(rollout, advantages=rollout.need("advantages") * weights), stats
+
+
 class Clock:
-    """Seconds of named phases, the slowest rank's."""
+    """Seconds and peak memory of named phases, this rank's."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+        peak_since_last()
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self.peaks[name] = max(self.peaks.get(name, 0.0), peak_since_last())
         self._last = now

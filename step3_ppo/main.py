@@ -25,7 +25,7 @@ from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout
 from step3_ppo.conclude import conclude
 from step3_ppo.evaluate import answer_ids
-from step3_ppo.experience import Clock, credit, generate, score
+from step3_ppo.experience import Clock, correct_sampler, credit, generate, score
 from step3_ppo.health import check_finite, check_kl
 from step3_ppo.parents import check_tokenizers
 from step3_ppo.roles import Roles, load_roles
@@ -201,7 +201,9 @@ class Trainer:
                 rollout = generate(self.sampler, prompts, rollout_settings)
             clock.lap("rollout")
             # 2. Reward model, reference and critic read prompt + answer.
-            rollout = score(self.roles, rollout, rollout_settings.temperature, size)
+            rollout = score(
+                self.roles, rollout, rollout_settings.temperature, size, ppo.old_log_probs
+            )
             check_finite(rollout)
             # 3. Rewards of tokens. 4. Advantages and returns.
             rollout, stats = credit(
@@ -213,6 +215,8 @@ class Trainer:
                 rollout_settings.samples_per_prompt,
             )
             check_kl(rollout, stats["kl_per_token"], ppo.max_kl)
+            rollout, gap = correct_sampler(rollout, rollout_settings.importance_cap)
+            stats |= gap
             stats |= value_quality(rollout)
             clock.lap("score")
             # 5. PPO epochs.
@@ -246,6 +250,7 @@ class Trainer:
     def _speed(self, clock: Clock, tokens: float) -> dict[str, float]:
         total = sum(clock.seconds.values())
         speed = {f"seconds_{name}": value for name, value in clock.seconds.items()}
+        speed |= {f"peak_memory_bytes_{name}": peak for name, peak in clock.peaks.items()}
         return speed | {
             "seconds_iteration": total,
             "tokens_per_second": tokens / total,

@@ -8,6 +8,7 @@ from typing import Any
 from rlhf import models
 from rlhf.config.schema import ModelConfig, RLConfig
 from rlhf.engine.train import FrozenEngine, TrainEngine
+from rlhf.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,34 @@ def load_roles(
     policy = models.load_causal(
         sft, actor.model, engine=actor.engine, dtype=dtype, dropout=False, **common
     )
-    longest = (settings.rollout.max_prompt_length or 0) + settings.rollout.max_new_tokens
     rollout = settings.rollout
     longest = (rollout.max_prompt_length or 0) + rollout.max_new_tokens
     models.check_positions(policy, longest)
+    critic_dtype = models.choose_dtype(settings.critic.model.dtype)
+    reference: Any
+    judge: Any
+    value: Any
+    if _shares(settings, sft, reward, needs_critic, say):
+        lora = settings.critic.model.lora if needs_critic else None
+        policy, reference, judge, value = models.share(policy, reward, lora)
+    else:
+        reference = models.load_causal(
+            sft, _bare(actor.model), engine=frozen, dtype=dtype, dropout=False, **common
+        )
+        judge = models.load_scalar(
+            reward,
+            _bare(settings.critic.model),
+            engine=frozen,
+            dtype=critic_dtype,
+            new_head=False,
+            **common,
+        )
+        value = _critic(settings, reward, critic_dtype, common) if needs_critic else None
+    models.check_positions(judge, longest)
     say(f"actor: {models.describe(policy, dtype)}")
+    # Frozen engines first: they put a shared base into evaluation mode.
+    reference_engine = FrozenEngine(reference, frozen, dtype=dtype)
+    reward_engine = FrozenEngine(judge, frozen, dtype=critic_dtype)
     actor_engine = TrainEngine(
         policy,
         actor.engine,
@@ -58,36 +82,36 @@ def load_roles(
         total_steps=actor_steps,
         hybrid_max_tokens=longest if rollout.hybrid_kernels else None,
     )
-    reference = FrozenEngine(
-        models.load_causal(
-            sft, _bare(actor.model), engine=frozen, dtype=dtype, dropout=False, **common
-        ),
-        frozen,
-        dtype=dtype,
-    )
-    critic_dtype = models.choose_dtype(settings.critic.model.dtype)
-    judge = models.load_scalar(
-        reward,
-        _bare(settings.critic.model),
-        engine=frozen,
-        dtype=critic_dtype,
-        new_head=False,
-        **common,
-    )
-    models.check_positions(judge, longest)
-    reward_engine = FrozenEngine(judge, frozen, dtype=critic_dtype)
     critic_engine = None
-    if needs_critic:
-        critic_engine = _critic(settings, reward, critic_dtype, critic_steps, common, say)
-    return Roles(actor_engine, reference, reward_engine, critic_engine, dtype)
+    if value is not None:
+        say(f"critic: {models.describe(value, critic_dtype)}")
+        role = settings.critic
+        critic_engine = TrainEngine(
+            value, role.engine, role.optim, dtype=critic_dtype, total_steps=critic_steps
+        )
+    return Roles(actor_engine, reference_engine, reward_engine, critic_engine, dtype)
 
 
-def _critic(
-    settings: RLConfig, reward: str, dtype: str, steps: int, common: dict[str, Any], say: Any
-) -> TrainEngine:
+def _shares(settings: RLConfig, sft: str, reward: str, needs_critic: bool, say: Any) -> bool:
+    """Whether the four models share one base; raises ConfigError where they must and cannot."""
+    if settings.share_base is False or (
+        settings.share_base == "auto" and not settings.actor.model.lora.rank
+    ):
+        return False
+    reason = models.why_not_shared(settings, sft, reward, needs_critic=needs_critic)
+    if reason and settings.share_base is True:
+        raise ConfigError(
+            f"step3.share_base true is not possible: {reason}. Change that, or set "
+            "step3.share_base to auto or false: four models of their own."
+        )
+    say(f"four models of their own: {reason}" if reason else "one frozen base for all four models")
+    return not reason
+
+
+def _critic(settings: RLConfig, reward: str, dtype: str, common: dict[str, Any]) -> Any:
     """Starts from the reward model (34), on the scale of its normalised scores."""
     role = settings.critic
-    critic = models.load_scalar(
+    return models.load_scalar(
         role.model.name or reward,
         role.model,
         engine=role.engine,
@@ -95,8 +119,6 @@ def _critic(
         new_head=False,
         **common,
     )
-    say(f"critic: {models.describe(critic, dtype)}")
-    return TrainEngine(critic, role.engine, role.optim, dtype=dtype, total_steps=steps)
 
 
 def _bare(settings: ModelConfig) -> ModelConfig:

@@ -26,6 +26,7 @@ class Rollout:
     answer_mask: Tensor  # (N, A) bool, up to and including the token that ended the answer
     ended: Tensor  # (N,) bool, False where the length limit ended it
     log_probs: Tensor | None = None  # (N, A) fp32, under the policy that sampled
+    sampler_log_probs: Tensor | None = None  # (N, A) fp32, as another engine (vLLM) reports them
     ref_log_probs: Tensor | None = None  # (N, A) fp32
     values: Tensor | None = None  # (N, A) fp32, before each token
     scores: Tensor | None = None  # (N,) fp32, raw: neither normalised nor clipped
@@ -40,6 +41,7 @@ class Rollout:
             answer_mask=generation.answer_mask,
             ended=generation.ended,
             log_probs=generation.log_probs,
+            sampler_log_probs=generation.sampler_log_probs,
         )
 
     def need(self, name: str) -> Tensor:

@@ -20,7 +20,7 @@ class DataConfig(Section):
     path: list[str] = doc(
         ["sample:courtesy"],
         "Data sets: `sample:courtesy` (ships with the project), files or directories "
-        "(json, jsonl, csv, parquet, arrow), fsspec URLs, or hub ids.",
+        "(json, jsonl, csv, parquet, arrow), http(s) or fsspec URLs, or hub ids.",
         min_length=1,
     )
     columns: dict[str, str] = doc(
@@ -200,8 +200,10 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["continuous", "hybrid"] = doc(
-        "continuous", "`continuous`: ours, rows retire at EOS; `hybrid`: DeepSpeed's own."
+    engine: Literal["continuous", "hybrid", "vllm"] = doc(
+        "continuous",
+        "`continuous`: ours, rows retire at EOS; `hybrid`: DeepSpeed's own; `vllm`: vLLM in the "
+        "trainer's process.",
     )
     hybrid_kernels: bool = doc(False, "With `hybrid`, DeepSpeed's inference kernels (GPU only).")
     prompts: Positive = doc(64, "Prompts per iteration, over all ranks.")
@@ -213,6 +215,25 @@ class RolloutConfig(Section):
     top_k: NonNegative = doc(0, "Sample among the k likeliest tokens; 0: all.")
     top_p: float = doc(1.0, "Sample within this probability mass.", gt=0, le=1)
     stop: list[str] = doc([], "Strings that end an answer.")
+    importance_cap: float | None = doc(
+        None, "With `vllm`: policy terms are weighted by p / p_vllm, at most this.", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _importance(self) -> RolloutConfig:
+        if self.importance_cap is None:
+            return self
+        if self.engine != "vllm":
+            raise ValueError(
+                f"importance_cap {self.importance_cap} corrects for another engine's rounding, and "
+                f"engine {self.engine!r} samples with the policy itself: leave it unset"
+            )
+        if self.temperature != 1 and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                "importance_cap needs the log-probs that vLLM sampled with, which it does not tell "
+                "with a temperature and top_k or top_p together: use one or the other"
+            )
+        return self
 
 
 class PPOConfig(Section):
@@ -232,6 +253,11 @@ class PPOConfig(Section):
     missing_eos_penalty: float = doc(1.0, "Taken from the score of an answer without EOS.", ge=0)
     whiten_advantages: bool = doc(True, "Mean 0, std 1 over the global batch.")
     group_std: bool = doc(True, "GRPO divides by the group's standard deviation.")
+    old_log_probs: Literal["auto", "rollout", "forward"] = doc(
+        "auto",
+        "Where the ratio's old log-probs come from: captured by the rollout, or a forward of the "
+        "actor (also where the rollout captures none); `auto`: rollout in float32, else forward.",
+    )
     epochs: Positive = doc(2, "PPO epochs over each rollout.")
     minibatches: Positive = doc(1, "Optimiser steps per PPO epoch.")
     target_kl: float | None = doc(None, "Stop the PPO epochs when approx_kl passes this.", gt=0)
@@ -271,6 +297,11 @@ class RLConfig(Section):
     reference_engine: EngineConfig = doc(EngineConfig, "Engine of reference and reward model.")
     rollout: RolloutConfig = doc(RolloutConfig, "Generation.")
     ppo: PPOConfig = doc(PPOConfig, "The algorithm's numbers.")
+    share_base: bool | Literal["auto"] = doc(
+        "auto",
+        "With LoRA: policy, reference, critic and reward model share one frozen base; each has its "
+        "own adapters and head. `auto`: where that is possible; true: an error says why not.",
+    )
     iterations: Positive | None = doc(None, "Rollouts; unset: one pass over the prompts.")
     micro_batch_size: Positive = doc(16, "Rows per forward pass and rank, scoring and update.")
     micro_batch_tokens: Positive | None = doc(None, MICRO_BATCH_TOKENS)
@@ -302,7 +333,7 @@ class RLConfig(Section):
 class RunConfig(Section):
     """One run: where it goes, what it reads, and the three steps."""
 
-    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w.+-]+$")
+    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w+-][\w.+-]*$")
     output_dir: str = doc("output", "Where runs are kept.")
     seed: int = doc(1234, "Everything random derives from it.", ge=0, lt=2**31)
     launch: LaunchConfig = doc(LaunchConfig, "Processes.")

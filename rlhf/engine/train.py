@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import deepspeed
@@ -121,14 +121,18 @@ class TrainEngine:
         Raises:
             Diverged: a loss or the gradient is not finite; names the micro-batch.
         """
+        # On a shared base the backward pass needs the model's own adapters, too: checkpointed
+        # activations are made again there.
+        in_use = getattr(self.module, "in_use", nullcontext)
         losses: list[torch.Tensor] = []
-        for index, micro_batch in enumerate(micro_batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            value = loss(micro_batch) * comm.world_size()
-            losses.append(value.detach())
-            self.deepspeed.backward(value, scale_wrt_gas=False)
-            norm = self._plain_grad_norm() if index == len(micro_batches) - 1 else 0.0
-            self.deepspeed.step()
+        with in_use():
+            for index, micro_batch in enumerate(micro_batches):
+                self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                value = loss(micro_batch) * comm.world_size()
+                losses.append(value.detach())
+                self.deepspeed.backward(value, scale_wrt_gas=False)
+                norm = self._plain_grad_norm() if index == len(micro_batches) - 1 else 0.0
+                self.deepspeed.step()
         finite = torch.isfinite(torch.stack(losses))
         if not bool(finite.all()):
             at = int((~finite).nonzero()[0, 0])

@@ -5,6 +5,7 @@ from rlhf.models.info import check_positions, describe
 from rlhf.models.loading import choose_dtype
 from rlhf.models.save import Snapshot, model_card
 from rlhf.models.scalar import ScalarModel, last_values, load_scalar
+from rlhf.models.shared import share, why_not_shared
 from rlhf.models.spec import materialise
 from rlhf.models.tokenizer import fingerprint, load_tokenizer
 
@@ -22,4 +23,6 @@ __all__ = [
     "load_tokenizer",
     "materialise",
     "model_card",
+    "share",
+    "why_not_shared",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,19 +29,7 @@ def add_adapters(model: Any, lora: LoraConfig, *, task: str, dropout: bool) -> A
     """
     if not lora.rank:
         return model
-    layers = None
-    if lora.last_layers:
-        total = model.config.get_text_config().num_hidden_layers
-        layers = list(range(max(0, total - lora.last_layers), total))
-    config = PeftLora(
-        task_type=task,
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only multiplies by it
-        lora_dropout=lora.dropout if dropout else 0.0,
-        target_modules=_targets(model, lora),
-        layers_to_transform=layers,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
-    )
+    config = lora_config(model, lora, task=task, dropout=dropout)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -51,17 +39,41 @@ def add_adapters(model: Any, lora: LoraConfig, *, task: str, dropout: bool) -> A
         ) from error
 
 
+def lora_config(model: Any, lora: LoraConfig, *, task: str, dropout: bool) -> PeftLora:
+    """peft's configuration; the model may have other adapters already."""
+    layers = None
+    if lora.last_layers:
+        total = model.config.get_text_config().num_hidden_layers
+        layers = list(range(max(0, total - lora.last_layers), total))
+    return PeftLora(
+        task_type=task,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only multiplies by it
+        lora_dropout=lora.dropout if dropout else 0.0,
+        target_modules=_targets(model, lora),
+        layers_to_transform=layers,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
 def _targets(model: Any, lora: LoraConfig) -> Any:
-    """peft refuses `all-linear` together with a choice of layers: list the names ourselves."""
-    if lora.target_modules != "all-linear" or not lora.last_layers:
+    """peft refuses `all-linear` together with a choice of layers, and with layers that have
+    adapters already: list the names ourselves."""
+    again = isinstance(model, PeftModel)
+    if lora.target_modules != "all-linear" or not (lora.last_layers or again):
         return lora.target_modules
+    model = plain(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     score = getattr(model, "score", None)
     return sorted(
         {
             name.rsplit(".", 1)[-1]
             for name, module in model.named_modules()
-            if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+            if (
+                isinstance(module, torch.nn.Linear | LoraLayer) or type(module).__name__ == "Conv1D"
+            )
+            and ".lora_" not in name
+            and not name.endswith(".base_layer")
             and module is not head
             and module is not score
         }
@@ -78,8 +90,10 @@ def adapters_off(model: Any) -> Iterator[None]:
         yield
 
 
-def merged_state(model: Any, keep: bool) -> dict[str, torch.Tensor]:
-    """The plain Hugging Face state dict on CPU, adapters added into the weights they adapt.
+def merged_state(
+    model: Any, keep: bool, adapters: Sequence[str] = ("default",)
+) -> dict[str, torch.Tensor]:
+    """The plain Hugging Face state dict on CPU, `adapters` added into the weights they adapt.
 
     Collective under ZeRO-3: every rank calls it; only those with `keep` get the tensors. Tied
     weights appear once, under their first name.
@@ -87,14 +101,19 @@ def merged_state(model: Any, keep: bool) -> dict[str, torch.Tensor]:
     hf = plain(model)
     state: dict[str, torch.Tensor] = {}
     adapted: dict[str, Any] = {
-        name: m for name, m in hf.named_modules() if isinstance(m, LoraLayer)
+        name: m
+        for name, m in hf.named_modules()
+        if isinstance(m, LoraLayer) and any(adapter in m.lora_A for adapter in adapters)
     }
     for name, module in adapted.items():
         with gathered(module.parameters()), torch.no_grad():
             if keep:
                 base = module.get_base_layer()
-                delta = module.get_delta_weight("default")
-                state[f"{name}.weight"] = (base.weight + delta.to(base.weight.dtype)).cpu()
+                weight = base.weight
+                for adapter in adapters:
+                    if adapter in module.lora_A:
+                        weight = weight + module.get_delta_weight(adapter).to(base.weight.dtype)
+                state[f"{name}.weight"] = weight.cpu()
     for name, parameter in hf.named_parameters():
         key = _plain_key(name)
         if key is None or key.removesuffix(".weight") in adapted:  # the same on every rank
@@ -118,10 +137,10 @@ def _plain_key(name: str) -> str | None:
 
 
 def adapter_state(model: PeftModel, keep: bool) -> dict[str, torch.Tensor]:
-    """The adapters' own parameters on CPU, with peft's names; collective under ZeRO-3."""
+    """The model's own adapters' parameters on CPU, with peft's names; collective under ZeRO-3."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name:
+        if ".default." in name and ("lora_" in name or ".modules_to_save." in name):
             with gathered([parameter]):
                 if keep:
                     state[name] = parameter.detach().cpu().clone()

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.engine import comm
 from rlhf.models.adapters import adapter_state, merged_state, plain
+from rlhf.models.shared import ADAPTER, SharedScalar
 
 
 class Snapshot:
@@ -22,8 +23,12 @@ class Snapshot:
     def __init__(self, module: Any) -> None:
         keep = comm.rank() == 0
         self.model = module.model
-        self.state = merged_state(self.model, keep)
         self.adapters = None
+        self.skeleton = self._skeleton
+        if isinstance(module, SharedScalar):
+            self.state, self.skeleton = module.whole_state(keep), module.skeleton
+            return
+        self.state = merged_state(self.model, keep)
         if isinstance(self.model, PeftModel):
             self.adapters = adapter_state(self.model, keep)
 
@@ -40,10 +45,7 @@ class Snapshot:
         Adapters are merged; they are also kept apart in `adapter/`, as peft saves them.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        live = plain(self.model)
-        with torch.device("meta"):
-            # In the weights' dtype: config.json states it, and loaders follow it.
-            skeleton = type(live)(live.config).to(live.dtype)
+        skeleton = self.skeleton()
         if skeleton.can_generate():
             skeleton.generation_config = GenerationConfig(
                 eos_token_id=tokenizer.eos_token_id,
@@ -56,8 +58,17 @@ class Snapshot:
         (directory / "README.md").write_text(card, encoding="utf-8")
         if self.adapters is not None:
             self.model.save_pretrained(
-                directory / "adapter", state_dict=self.adapters, save_embedding_layers=False
+                directory / ADAPTER,
+                state_dict=self.adapters,
+                save_embedding_layers=False,
+                selected_adapters=["default"],
             )
+
+    def _skeleton(self) -> Any:
+        live = plain(self.model)
+        with torch.device("meta"):
+            # In the weights' dtype: config.json states it, and loaders follow it.
+            return type(live)(live.config).to(live.dtype)
 
 
 def model_card(title: str, *, base: str, lines: list[str]) -> str:

@@ -13,10 +13,13 @@ from rlhf.errors import ConfigError
 from rlhf.rollout.continuous import ContinuousRollout
 from rlhf.rollout.generation import Generation
 from rlhf.rollout.hybrid import HybridRollout
+from rlhf.rollout.vllm import VLLMRollout
 
-ROLLOUTS: dict[str, type[ContinuousRollout] | type[HybridRollout]] = {
+Rollouts = ContinuousRollout | HybridRollout | VLLMRollout
+ROLLOUTS: dict[str, type[ContinuousRollout] | type[HybridRollout] | type[VLLMRollout]] = {
     "continuous": ContinuousRollout,
     "hybrid": HybridRollout,
+    "vllm": VLLMRollout,
 }
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "HybridRollout",
     "RolloutRequest",
     "SamplingConfig",
+    "VLLMRollout",
     "build_rollout",
 ]
 
@@ -41,7 +45,7 @@ def build_rollout(
     rank: int = 0,
     gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
     lockstep: bool = False,
-) -> ContinuousRollout | HybridRollout:
+) -> Rollouts:
     """The rollout engine called `name` in ROLLOUTS.
 
     Args:
@@ -56,7 +60,7 @@ def build_rollout(
 
     Raises:
         ConfigError: no such engine, or a batch size below 1.
-        RequirementError: the tokenizer lacks pad or EOS, or they are the same.
+        RequirementError: the tokenizer lacks pad or EOS, or they are the same; vllm is missing.
     """
     if name not in ROLLOUTS:
         close = difflib.get_close_matches(name, ROLLOUTS, n=1)

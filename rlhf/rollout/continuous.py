@@ -107,7 +107,9 @@ class ContinuousRollout(RolloutEngine):
             while run.turn(forward):
                 pass
         self.stats = run.stats
-        return run.result()
+        out = run.result()
+        out.exact = next(model.parameters()).dtype == torch.float32
+        return out
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do: generation reads the trained weights themselves."""

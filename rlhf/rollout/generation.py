@@ -25,6 +25,11 @@ class Generation(RolloutBatch):
     answer_mask: Tensor  # (B, A) bool, True up to and including the token that ended the answer
     ended: Tensor  # (B,) bool, True if EOS or a stop string ended it, False if the limit did
     log_probs: Tensor | None = None  # (B, A) fp32, 0 where not counted; None: not captured
+    # log_probs come from the trained weights in fp32: equal to a forward's, up to fp32's rounding,
+    # so they may serve as old log-probs.
+    exact: bool = False
+    # (B, A) fp32: what another engine (vLLM) says it sampled with; never old log-probs.
+    sampler_log_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,11 +39,13 @@ class Generation(RolloutBatch):
                 f"answer_mask {tuple(self.answer_mask.shape)} and ended {tuple(self.ended.shape)} "
                 f"do not fit input_ids {tuple(self.input_ids.shape)}"
             )
-        if self.log_probs is not None and self.log_probs.shape != self.answer_mask.shape:
-            raise ValueError(
-                f"log_probs {tuple(self.log_probs.shape)} must have answer_mask's shape "
-                f"{tuple(self.answer_mask.shape)}"
-            )
+        for name in ("log_probs", "sampler_log_probs"):
+            given = getattr(self, name)
+            if given is not None and given.shape != self.answer_mask.shape:
+                raise ValueError(
+                    f"{name} {tuple(given.shape)} must have answer_mask's shape "
+                    f"{tuple(self.answer_mask.shape)}"
+                )
 
     @property
     def answers(self) -> Tensor:

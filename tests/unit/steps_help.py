@@ -42,6 +42,7 @@ def scored_rollout(**sizes: Any) -> Any:  # a Rollout, none of whose fields is N
     return replace(
         rollout,
         log_probs=old,
+        sampler_log_probs=(old + draw(0.01)) * rollout.answer_mask,
         ref_log_probs=(old + draw(0.1)) * rollout.answer_mask,
         values=draw(0.5),
         scores=torch.randn(shape[0], generator=g),

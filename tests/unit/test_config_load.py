@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from launch.options import RECIPES
 from rlhf.config import RunConfig, load_config
 from rlhf.config.keys import leaves, lookup, nearest, parse_value
 from rlhf.config.load import flatten, merge, nest, parse_overrides, read_recipe
+from rlhf.config.schema import RolloutConfig
 from rlhf.errors import ConfigError
 
 
@@ -279,3 +281,16 @@ def test_origins_follow_the_file(tmp_path: Path) -> None:
     path = recipe(tmp_path, "extends: base.yaml\nname: x")
     _, origins = read_recipe(path)
     assert origins == {"seed": str(base), "name": str(path)}
+
+
+def test_an_importance_cap_needs_an_engine_that_rounds_differently() -> None:
+    """And log-probs that vLLM can tell."""
+    vllm = {"engine": "vllm", "importance_cap": 2.0}
+    assert RolloutConfig(**vllm).importance_cap == 2.0
+    for wrong, said in (
+        ({"importance_cap": 2.0}, "samples with the policy itself"),
+        (vllm | {"temperature": 0.7, "top_k": 5}, "one or the other"),
+        (vllm | {"importance_cap": 0.5}, "greater than or equal to 1"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            RolloutConfig(**wrong)

@@ -57,6 +57,10 @@ class FakeEngine:
             rows = shape[rest[0]]
             return token_loss(rows, rows.detach().abs(), slice(0, len(rows))), None
         counted = shape * rest[0]
+        token_loss = rest[3] if len(rest) > 3 else token_loss
+        if token_loss is not None:
+            picked = counted[rest[0]]
+            return token_loss(picked, picked.detach().abs(), slice(0, len(picked))), None
         return counted, counted.detach().abs() if len(rest) > 2 and rest[2] else None
 
     @contextmanager

@@ -29,7 +29,7 @@ GREEDY = SamplingConfig(max_new_tokens=16, temperature=0.0)
 SAMPLED = SamplingConfig(max_new_tokens=12)
 
 
-@pytest.fixture(params=sorted(ROLLOUTS))
+@pytest.fixture(params=sorted(set(ROLLOUTS) - {"vllm"}))  # its own tests: tests/vllm
 def name(request):
     return request.param
 
@@ -255,6 +255,23 @@ def test_unknown_engine_names_the_nearest(model):
         build("continous", model)
     with pytest.raises(ConfigError, match="choose one of"):
         build("xyz", model)
+
+
+def test_vllm_that_is_not_there_is_explained(model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequirementError, match=r"pip install vllm.*continuous"):
+        build("vllm", model)
+    with pytest.raises(ConfigError, match="gather"):
+        build("vllm", model, lockstep=True)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_only_fp32_log_probs_of_the_policy_itself_are_exact(dtype, exact):
+    """What the trainer may take as old log-probs."""
+    out = build("continuous", tiny_model("llama").to(dtype)).generate(prompts(3, 4), SAMPLED)
+    assert out.exact is exact
+    assert out.sampler_log_probs is None
+    assert not build("hybrid", tiny_model("llama")).generate(prompts(3, 4), SAMPLED).exact
 
 
 def test_the_models_generation_defaults_do_not_count(name):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from step3_ppo.evaluate import answer_ids
 from step3_ppo.experience import (
     answer_scores,
     answer_values,
+    correct_sampler,
     credit,
     generate,
     policy_log_probs,
@@ -218,6 +220,28 @@ def test_credit_by_hand() -> None:
     assert stats["kl_per_token"] == pytest.approx((0.5 - 1.0 - 0.25) / 3)
     assert (stats["answer_length"], stats["eos_fraction"]) == (1.5, 0.5)
     assert (stats["answers"], stats["tokens"], stats["kl_coef"]) == (2.0, 3.0, 0.1)
+
+
+def test_another_sampler_is_corrected_and_its_gap_told() -> None:
+    """By hand: |gaps| ln 2, ln 4, 0 over three tokens; weights 2 -> 1.5 (cap), 1/4, 1."""
+    three = torch.ones(1, 3, dtype=torch.bool)
+    rollout = Rollout(
+        input_ids=torch.tensor([[5, 6, 7, 8]]),
+        attention_mask=torch.ones(1, 4, dtype=torch.bool),
+        answer_mask=three,
+        ended=torch.tensor([True]),
+        log_probs=torch.tensor([[0.4, 0.1, 0.3]]).log(),
+        sampler_log_probs=torch.tensor([[0.2, 0.4, 0.3]]).log(),
+        advantages=torch.tensor([[2.0, 4.0, -1.0]]),
+    )
+    same, stats = correct_sampler(rollout, None)
+    assert same is rollout
+    assert stats["sampler_gap"] == pytest.approx(math.log(8) / 3, abs=1e-6)
+    assert stats["sampler_gap_max"] == pytest.approx(math.log(4), abs=1e-6)
+    corrected, stats = correct_sampler(rollout, 1.5)
+    assert torch.allclose(corrected.need("advantages"), torch.tensor([[3.0, 1.0, -1.0]]))
+    assert stats["importance_weight"] == pytest.approx((1.5 + 0.25 + 1) / 3, abs=1e-6)
+    assert correct_sampler(replace(rollout, sampler_log_probs=None), None)[1] == {}
 
 
 def test_credit_whitens() -> None:
