@@ -58,14 +58,20 @@ def test_several_things_wrong_at_once(cluster: Cluster) -> None:
     names.write_text("127.0.0.1 localhost\n127.0.1.1 node1\n10.77.0.10 node0\n")
     private = cluster.root / "doctor"
     private.mkdir(exist_ok=True)
-    busy = hosts.popen(
-        0, ["python3", "-c", "import socket,time; s=socket.socket(); s.bind(('',29500));"
-            "s.listen(); time.sleep(60)"],
-    )  # fmt: skip
+    # Reuse: the all-reduce of an earlier test has left the port in TIME_WAIT.
+    listen = (
+        "import socket, time; s = socket.socket();"
+        "s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1);"
+        "s.bind(('', 29500)); s.listen(); time.sleep(60)"
+    )
+    busy = hosts.popen(0, ["python3", "-c", listen])
     hosts.run(1, ["mount", "--bind", str(names), "/etc/hosts"])
     hosts.run(1, ["mount", "-t", "tmpfs", "tmpfs", str(private)])
     try:
+        deadline = time.monotonic() + 20
         while hosts.run(0, ["sh", "-c", "ss -ltn | grep -q :29500"]).returncode:
+            assert busy.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         env = {"GLOO_SOCKET_IFNAME": ""}
         done = doctor(cluster, **env)
