@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch import execute, recover
+from launch.commands import COMMANDS
 from launch.options import Options, parse_options
 from launch.plan import Plan, describe, make_plan, plan_json
 from launch.preflight import preflight
 from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
-from rlhf.redact import redact, redact_tree
+from rlhf.redact import printable, redact, redact_tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         sys.stdout.flush()
-        print(redact(f"error: {error}"), file=sys.stderr)
+        print(printable(redact(f"error: {error}")), file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
         print(f"interrupted: {error}", file=sys.stderr)
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Plan, preflight, then launch and verify each step asked for."""
+    """Plan, preflight, then launch and verify each step asked for; or a subcommand."""
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     options = parse_options(argv)
     if options.print_config or options.json_schema:
         print(json_schema() if options.json_schema else redact(config_yaml(options.config)))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.pairs import measure, print_line
 from benchmarks.rollout import ANSWER, PROMPT, FixedEnd, build_model, continuous, prompts_for
+from rlhf.algo.losses import sum_of_nll
 from rlhf.models.causal import CausalModel
 from rlhf.rollout.packing import weight_and_bias
 
@@ -100,11 +101,11 @@ def score_phase(model: Any, rows: int) -> tuple[float, Callable[[], Any]]:
 
 
 def update_phase(model: Any, rows: int) -> tuple[float, Callable[[], Any]]:
-    """Forward and backward of the answers' log-probs: three times the forward's work."""
+    """Forward and backward of a loss on the answers' log-probs: three times the forward's work."""
     policy, inputs = CausalModel(model.train()), score_inputs(model, rows)
 
     def run() -> float:
-        policy(*inputs)[0].sum().backward()
+        policy(*inputs, token_loss=sum_of_nll)[0].backward()
         for parameter in policy.parameters():
             parameter.grad = None
         return 1.0

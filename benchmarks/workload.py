@@ -27,6 +27,8 @@ from transformers import (
     OPTConfig,
 )
 
+from rlhf.data.plan import Budget
+
 PAD, EOS, BOS = 0, 1, 2
 PROMPT, ANSWER, MEAN_EARLY = 128, 64, 24
 NEVER = -1e4
@@ -42,6 +44,7 @@ class Workload:
     early: bool = False  # answers of MEAN_EARLY tokens in the mean, at most ANSWER
     epochs: int = 1
     micro: int = 16  # rows in a forward of scoring and update
+    old_log_probs: str = "rollout"  # ours; trl takes them from generation, too
     seed: int = 0
 
 
@@ -95,6 +98,27 @@ def model_dirs(name: str, seed: int = 0) -> tuple[str, str]:
     return str(root / "policy"), str(root / "reward")
 
 
+def lora_reward(name: str, rank: int = 16) -> str:
+    """A reward model as step 2 leaves it after training adapters on the policy."""
+    from rlhf import models
+    from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
+
+    policy, reward = model_dirs(name)
+    path = Path(reward).parent / "lora_reward"
+    if not path.exists():
+        module = models.load_scalar(
+            policy,
+            ModelConfig(lora=LoraConfig(rank=rank)),
+            engine=EngineConfig(),
+            dtype="float32",
+            pad_token_id=PAD,
+            vocab_size=CONFIGS[name]().vocab_size,
+            new_head=True,
+        )
+        models.Snapshot(module).write(path, _Tokenizer(0), card="")
+    return str(path)
+
+
 def end_answers(model: Any, early: bool) -> None:
     """Gives the head a frozen bias: the pad is never sampled, EOS never or at a constant rate."""
     head = model.get_output_embeddings()
@@ -123,10 +147,30 @@ def prompts(workload: Workload, batches: int = 1) -> torch.Tensor:
     return torch.randint(3, vocab, (batches * workload.rows, PROMPT), generator=generator)
 
 
+def sft_rows(workload: Workload, steps: int = 4) -> list[dict[str, list[int]]]:
+    """Rows of `steps` optimiser steps: prompts of 16 to 128 tokens, answers of 8 to 64."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    vocab = CONFIGS[workload.model]().vocab_size
+
+    def ids(least: int, most: int) -> list[int]:
+        count = int(torch.randint(least, most + 1, (), generator=generator))
+        return torch.randint(3, vocab, (count,), generator=generator).tolist()
+
+    return [
+        {"prompt_ids": ids(16, PROMPT), "answer_ids": ids(8, ANSWER)}
+        for _ in range(workload.rows * steps)
+    ]
+
+
 class OurPPO:
     """Step 3's own acts over the workload: what `Trainer.iterate` runs, without logging."""
 
-    def __init__(self, workload: Workload, changes: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        changes: dict[str, Any] | None = None,
+        reward: str | None = None,
+    ) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")
         from rlhf.algo.kl import build_kl_controller
         from rlhf.config.schema import RLConfig
@@ -138,12 +182,12 @@ class OurPPO:
         comm.init_distributed()
         self.workload = workload
         self.settings = RLConfig(**_merged(_settings(workload), changes or {}))
-        policy, reward = model_dirs(workload.model, workload.seed)
+        policy, plain_reward = model_dirs(workload.model, workload.seed)
         self.roles = load_roles(
             self.settings,
             _Tokenizer(CONFIGS[workload.model]().vocab_size),
             sft=policy,
-            reward=reward,
+            reward=reward or plain_reward,
             actor_steps=1000,
             critic_steps=1000,
             needs_critic=True,
@@ -171,11 +215,12 @@ class OurPPO:
         from step3_ppo.update import update
 
         settings, roles = self.settings, self.roles
+        budget = Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         began = time.process_time()
         with roles.actor.evaluating():
             rollout = generate(self.sampler, self.prompts, settings.rollout)
         sampled = time.process_time()
-        rollout = score(roles, rollout, 1.0, settings.micro_batch_size)
+        rollout = score(roles, rollout, 1.0, budget, settings.ppo.old_log_probs)
         rollout, stats = credit(
             rollout, ALGORITHMS["ppo"], settings.ppo, self.controller, (0.0, 1.0), 1
         )
@@ -186,7 +231,7 @@ class OurPPO:
             rollout,
             settings.ppo,
             temperature=1.0,
-            micro_batch_size=settings.micro_batch_size,
+            micro_batch_size=budget,
             seed=self.iterations,
         )
         updated = time.process_time()
@@ -212,7 +257,7 @@ def _settings(workload: Workload) -> dict[str, Any]:
             "max_prompt_length": PROMPT,
             "max_new_tokens": ANSWER,
         },
-        "ppo": {"epochs": workload.epochs},
+        "ppo": {"epochs": workload.epochs, "old_log_probs": workload.old_log_probs},
         "micro_batch_size": workload.micro,
     }
 
@@ -231,10 +276,15 @@ def _plain(engine: Any) -> Any:
 
 
 class _Tokenizer:
-    pad_token_id, eos_token_id = PAD, EOS
+    """As much of one as models ask for; nothing is tokenised."""
+
+    pad_token_id, eos_token_id, bos_token_id = PAD, EOS, BOS
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+    def save_pretrained(self, _: Any) -> None:
+        """There is nothing to save."""
 
     def __len__(self) -> int:
         return self.size

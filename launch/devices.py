@@ -114,6 +114,11 @@ def _place_nodes(config: LaunchConfig) -> Placement:
         hosts = {host: list(range(count)) for host, count in slots.items()}
         hosts = apply_filters(hosts, config.include, config.exclude)
     elif config.num_nodes and (config.launcher == "slurm" or _by_hand(config)):
+        if chosen := config.include or config.exclude:
+            raise ConfigError(
+                f"filter {chosen!r}: there is no hostfile to choose from: give --hostfile, or for "
+                "Slurm --launcher-args=--nodelist=..."
+            )
         count = config.num_gpus or len(visible_gpus()) or 1
         hosts = {f"node{rank}": list(range(count)) for rank in range(config.num_nodes)}
     else:

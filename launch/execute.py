@@ -43,7 +43,7 @@ def launch(
 
     Raises Interrupted, and RequirementError where the disk refuses.
     """
-    spec = refresh_port(replace(item.spec, env={**item.spec.env, **extra_env}))
+    spec = refresh_port(nodes.with_variables(item.spec, extra_env))
     logs = run.logs(item.step)
     with disk_errors(logs, RequirementError):
         logs.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ _NEVER = re.compile(
 _EXPANDED = re.compile(r'[$`"\\]')
 _URL_PASSWORD = re.compile(r"://[^/\s@]*@")
 # What is about this process and its machine alone.
-_OURS_ONLY = ("RLHF_CI_TIMED", "PDSH_SSH_ARGS_APPEND")
+_OURS_ONLY = ("RLHF_CI_TIMED", "PDSH_SSH_ARGS_APPEND", "RLHF_HIDDEN_SETTINGS")
 # deepspeed passes these on by itself, values and all, on command lines (launcher/runner.py).
 _DEEPSPEEDS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 

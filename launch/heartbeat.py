@@ -39,7 +39,8 @@ def read_ranks(logs: Path, ending: str) -> dict[int, RankFile]:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             rank = int(content["rank"])
-            count, ended = int(content.get("count", 0)), bool(content.get("ended"))
+            # The time changes with each sign of life, also where a full disk allows no writing.
+            count, ended = path.stat().st_mtime_ns, bool(content.get("ended"))
             found[rank] = RankFile(rank, str(content["host"]), count, ended)
     return found
 
@@ -156,6 +157,10 @@ def beating(logs: Path, timeout: float, grace: float) -> Iterator[Heartbeat]:
 
 
 def _write(path: Path, text: str) -> None:
+    """By rename; on a full disk the time of the old file changes, which is a sign of life too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        os.utime(path)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rlhf.errors import ConfigError, RequirementError
 
-_LINE = re.compile(r"(?P<host>[^\s#:@,]+)\s+slots\s*=\s*(?P<slots>\d+)")
+_LINE = re.compile(r"(?P<host>[^\s#:@,]+)\s+slots\s*=\s*(?P<slots>[0-9]{1,6})")
+_NUMBER = re.compile(r"[0-9]{1,6}")
 _FORMAT = "a line is `host slots=N`, e.g. `worker-0 slots=8`"
 
 
@@ -56,7 +57,7 @@ def parse_filter(text: str, flag: str) -> dict[str, list[int] | None]:
     for node in text.split("@"):
         host, colon, slots = node.strip().partition(":")
         numbers = [slot.strip() for slot in slots.split(",")] if colon else []
-        if not host or not all(number.isdigit() for number in numbers):
+        if not host or not all(map(_NUMBER.fullmatch, numbers)):
             raise ConfigError(
                 f"{flag} {text!r}: {node!r} cannot be understood; write `host:0,1@other` "
                 "(devices 0 and 1 of host, all of other)"

@@ -46,17 +46,45 @@ def problem(endpoint: str, timeout: float = TIMEOUT_SECONDS) -> str | None:
     return answer[0] if answer else f"no answer within {timeout:g} s"
 
 
-def _ask(endpoint: str, timeout: float) -> str | None:
+def trouble_with(
+    endpoint: str, kind: str, name: str, timeout: float = TIMEOUT_SECONDS
+) -> str | None:
+    """Why a model (`models`) or data set (`datasets`) cannot be had from the hub; None if it can.
+
+    A token in the environment (HF_TOKEN) is shown to the hub that was asked for, and to no other.
+    """
+    answer: list[str | None] = []
+    token = os.environ.get("HF_TOKEN", "")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    path = f"api/{kind}/{name}"
+    asking = threading.Thread(
+        target=lambda: answer.append(_ask(endpoint, timeout, path, headers)), daemon=True
+    )
+    asking.start()
+    asking.join(timeout)
+    return answer[0] if answer else f"no answer within {timeout:g} s"
+
+
+def _ask(
+    endpoint: str,
+    timeout: float,
+    path: str = "api/models?limit=1",
+    headers: Mapping[str, str] | None = None,
+) -> str | None:
     import ssl  # these three cost a dry run more than they are worth to it
     import urllib.error
     import urllib.request
 
-    request = urllib.request.Request(f"{endpoint}/api/models?limit=1", method="GET")
+    # Unredirected: urllib would carry a token along to whatever host a redirect names.
+    request = urllib.request.Request(f"{endpoint}/{path}", method="GET")
+    for header, value in (headers or {}).items():
+        request.add_unredirected_header(header, value)
     try:
         with urllib.request.urlopen(request, timeout=timeout):
             return None
     except urllib.error.HTTPError as error:
-        return f"it answers HTTP {error.code}" if error.code >= 500 else None
+        refused = path.count("/") > 1 and error.code in (401, 403, 404)
+        return f"it answers HTTP {error.code}" if error.code >= 500 or refused else None
     except urllib.error.URLError as error:
         # The clients bring their own certificates: what fails here may work there.
         return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)

@@ -43,7 +43,8 @@ def build_spec(
     env, unset = child_environment(config, placement, environ)
     if not placement.multi_node:
         return LaunchSpec(launcher(script, args, placement), env, os.getcwd(), unset)
-    check_forward(config.launch.forward, environ)
+    if not placement.by_hand:  # there, each node's own shell has them
+        check_forward(config.launch.forward, environ)
     inherited = {name: value for name, value in environ.items() if name not in unset}
     variables = forwarded(inherited, env)
     placement = replace(placement, exported=tuple(variables))

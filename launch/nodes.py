@@ -19,6 +19,7 @@ from launch.heartbeat import Heartbeat, beating
 from launch.spec import LaunchSpec
 from rlhf.errors import RequirementError
 from rlhf.lifeline import FORWARDED, HEARTBEAT
+from rlhf.redact import HIDDEN_SETTINGS
 
 SSH_SECONDS = 30
 
@@ -38,10 +39,14 @@ def prepared(
         return
     with contextlib.ExitStack() as stack:
         more = {HEARTBEAT: str(nodes.heartbeat_seconds)}
-        if nodes.forward and nodes.over_ssh:
-            values = {name: os.environ[name] for name in nodes.forward}
-            more[FORWARDED] = stack.enter_context(delivered(nodes.hosts, values))
+        private = {name: os.environ[name] for name in nodes.forward}
+        if HIDDEN_SETTINGS in spec.env:  # settings with a secret in them, which the ranks need
+            private[HIDDEN_SETTINGS] = spec.env[HIDDEN_SETTINGS]
+        if private and nodes.over_ssh:
+            more[FORWARDED] = stack.enter_context(delivered(nodes.hosts, private))
         spec = with_variables(spec, more)
+        if HIDDEN_SETTINGS in private and nodes.files:  # sbatch passes variables on by name
+            spec = replace(spec, argv=[*spec.argv, HIDDEN_SETTINGS])
         nodes = spec.nodes or nodes
         if nodes.env_file is not None:
             path = stack.enter_context(private_file("deepspeed_env", nodes.env_file))
@@ -54,7 +59,8 @@ def prepared(
 def with_variables(spec: LaunchSpec, more: Mapping[str, str]) -> LaunchSpec:
     """Variables for the ranks, by each way that a launcher has; none of their values is secret."""
     nodes = spec.nodes
-    assert nodes is not None
+    if nodes is None or nodes.by_hand:
+        return replace(spec, env={**spec.env, **more})
     if nodes.env_file is not None:
         lines = "".join(f"{name}={value}\n" for name, value in more.items())
         nodes = replace(nodes, env_file=nodes.env_file + lines)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from launch.checks import refuse
+from launch.hostcheck import on_hosts
 from launch.hub import check_hub
 from launch.plan import Plan
+from launch.spec import Placement
 from rlhf.config.names import is_hub_dataset, is_hub_model, is_path_like
 from rlhf.config.schema import EngineConfig, RunConfig
 from rlhf.errors import RequirementError
@@ -32,9 +36,42 @@ def preflight(plan: Plan) -> tuple[dict[str, str], list[str]]:
     check_names(models, config.data.path)
     check_compiler(config, steps)
     check_disk(plan.run.path, models)
+    check_commands(plan.placement)
     offline, line = check_hub(models, config.data.path, config.hub.endpoint, config.hub.offline)
-    env = {"HF_HUB_OFFLINE": "1"} if offline else {}
-    return env, [line] if line else []
+    lines = [line] if line else []
+    if plan.placement.over_ssh and config.launch.preflight == "full":
+        lines += check_hosts(plan)
+    return {"HF_HUB_OFFLINE": "1"} if offline else {}, lines
+
+
+def check_hosts(plan: Plan) -> list[str]:
+    """Asks every host what `rlhf doctor` asks. Returns lines to print; raises RequirementError."""
+    began = time.monotonic()
+    checks = on_hosts(plan)
+    hosts = len(plan.placement.hosts)
+    refuse(checks, f"{len(checks)} checks of {hosts} host(s)")
+    warnings = [check.line() for check in checks if check.state == "warn"]
+    seconds = time.monotonic() - began
+    return [*warnings, f"preflight: {len(checks)} checks of {hosts} host(s) hold, {seconds:.0f} s"]
+
+
+def check_commands(placement: Placement) -> None:
+    """Are the programs installed that this launcher runs? Raises RequirementError."""
+    config = placement.config
+    if not placement.multi_node or placement.by_hand:
+        return
+    kind = config.launcher if config.launcher != "deepspeed" else config.node_launcher
+    wanted = {
+        "pdsh": ("ssh", "pdsh"),
+        "openmpi": ("ssh", "mpirun", "ompi_info"),
+        "slurm": ("sbatch", "srun", "scontrol"),
+    }.get(kind, ("ssh",))
+    if absent := [name for name in wanted if shutil.which(name) is None]:
+        raise RequirementError(
+            f"{kind}: {', '.join(absent)} not found on this machine: install it (Debian: "
+            "openssh-client pdsh openmpi-bin slurm-client), or use another --launcher or "
+            "--node-launcher"
+        )
 
 
 def needed_models(plan: Plan) -> list[str]:

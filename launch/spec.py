@@ -161,7 +161,17 @@ class Launcher(Protocol):
 
 
 def check_even(placement: Placement, launcher: str) -> None:
-    """Raises ConfigError where nodes have different numbers of processes."""
+    """Raises ConfigError where nodes differ in what this launcher takes as equal.
+
+    The number of processes and, on several nodes, that the devices are each node's first ones.
+    """
+    for host, devices in placement.hosts.items():
+        if placement.multi_node and devices != list(range(len(devices))):
+            raise ConfigError(
+                f"launcher {launcher} takes the first devices of every node, the filters leave "
+                f"{','.join(map(str, devices))} of {host}: filter whole hosts, or use --launcher "
+                "deepspeed with pdsh"
+            )
     counts = sorted({len(devices) for devices in placement.hosts.values()})
     if len(counts) > 1:
         raise ConfigError(

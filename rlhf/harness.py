@@ -25,7 +25,7 @@ from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError
 from rlhf.lifeline import Lifeline, adopt_environment
-from rlhf.redact import redact, redact_tree
+from rlhf.redact import printable, redact, redact_tree
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
 from rlhf.store.files import disk_errors, remove
 
@@ -82,7 +82,7 @@ class StepRun:
     def say(self, text: str) -> None:
         """One line on the console, from rank 0; every rank's log has it."""
         stream = sys.stdout if self.rank == 0 else getattr(sys.stdout, "log", sys.stdout)
-        print(text, file=stream, flush=True)
+        print(printable(text), file=stream, flush=True)
 
     def parent(self, kind: str) -> str:
         """The directory or hub id that this step starts from, by the artifact's name.
@@ -169,7 +169,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     try:
         resolved = step_config(sys.argv[1:], step)
     except UserError as error:
-        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+        print(printable(redact(f"error: {error}")), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     run = StepRun(resolved, rank)
     _take_signals(run)
@@ -181,7 +181,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
             failure.unlink(missing_ok=True)
             opened = RankLog(logs / f"rank{rank}.log", sys.stderr)
     except UserError as error:
-        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+        print(printable(redact(f"error: {error}")), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     os.environ.setdefault("RLHF_COLLECTIVE_TIMEOUT", str(run.config.launch.collective_timeout))
     lifeline = Lifeline(logs, rank, os.environ)
@@ -200,7 +200,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
             code = error.exit_code
             _keep_batch(run, error)
             _record(failure, run, error, str(error), code)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001 - every failure is recorded for the driver
             code = 1
             _record(failure, run, error, _remedy(error), code)

@@ -87,12 +87,15 @@ class Lifeline:
     def _sign(self, ended: bool = False) -> None:
         self._count += 1
         who = {"host": socket.gethostname(), "pid": os.getpid()}
-        with contextlib.suppress(OSError):  # a full disk must not end a healthy rank
+        with contextlib.suppress(OSError):
             state = {"rank": self.rank, **who, "count": self._count, "ended": ended}
-            write(self.alive, state)
+            try:
+                write(self.alive, state)
+            except OSError:  # a full disk: the file's time is a sign of life too
+                os.utime(self.alive)
 
     def _watch(self) -> None:
-        last = ""
+        last, seen = "", 0
         while not self._ending.wait(INTERVAL_SECONDS):
             self._sign()
             with contextlib.suppress(OSError):
@@ -101,8 +104,9 @@ class Lifeline:
                     self._leave("the driver has ended this step")
                 if found.startswith(STOP) and not last.startswith(STOP):
                     os.kill(os.getpid(), signal.SIGTERM)  # as where the launcher passes it on
-                if found != last:
-                    last, self._checked = found, time.monotonic()
+                at = self.beat.stat().st_mtime_ns  # all that changes while the disk is full
+                if (found, at) != (last, seen):
+                    last, seen, self._checked = found, at, time.monotonic()
 
     def _judge(self) -> None:
         while not self._ending.wait(INTERVAL_SECONDS):

@@ -66,6 +66,17 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     return _redact(text, secret_values(environ))
 
 
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: control characters, escape sequences and marks
+    that change the direction of writing are shown as `\\x1b` and the like; lines and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     """A copy of nested mappings and sequences with every text in it redacted; keys stay."""
     return _tree(value, secret_values(environ))

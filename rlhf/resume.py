@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,7 +140,7 @@ class Keeper:
         run, step = self.run, self.run.resolved.step
         made = checkpoints.begin(self.place, position) if run.rank == 0 else None
         temporary = Path(comm.broadcast_object(str(made)))
-        with disk_errors(self.place):
+        with _removed_if_failed(temporary), disk_errors(self.place):
             for name, engine in self.engines.items():
                 checkpoint.save_engine(engine, temporary / name)
             mine = {
@@ -235,3 +236,14 @@ class Keeper:
             raise ArtifactError(
                 f"{path}: cannot be read ({error}); to start the step again: --resume never"
             ) from error
+
+
+@contextlib.contextmanager
+def _removed_if_failed(temporary: Path) -> Iterator[None]:
+    """A part of a checkpoint on a full disk would keep it full."""
+    try:
+        yield
+    except ArtifactError:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        raise

@@ -57,15 +57,22 @@ def answer_scores(engine: Any, rollout: Rollout) -> Tensor:
     return last_values(engine(rollout.input_ids, rollout.attention_mask), rollout.attention_mask)
 
 
-def score(roles: Roles, rollout: Rollout, temperature: float, size: int | Budget) -> Rollout:
+def score(
+    roles: Roles,
+    rollout: Rollout,
+    temperature: float,
+    size: int | Budget,
+    old_log_probs: str = "auto",
+) -> Rollout:
     """2. Reward, reference log-probs, old log-probs and old values, without gradients.
 
-    Old log-probs come from the rollout where it computed them as the update does: in fp32. In
-    16 bits decoding rounds differently from a whole forward, and the ratio would not start at 1.
+    Old log-probs (`auto`) come from the rollout where it computed them as the update does: in fp32.
+    In 16 bits decoding rounds differently from a whole forward: the ratio would not start at 1.
     """
     with torch.no_grad():
         old = rollout.log_probs
-        if old is None or roles.actor_dtype != "float32":
+        exact = old_log_probs == "rollout" or roles.actor_dtype == "float32"
+        if old is None or old_log_probs == "forward" or not exact:
             with roles.actor.evaluating():
                 old = rollout.map(lambda r: policy_log_probs(roles.actor, r, temperature), size)
         reference = rollout.map(lambda r: policy_log_probs(roles.reference, r, temperature), size)

@@ -201,7 +201,9 @@ class Trainer:
                 rollout = generate(self.sampler, prompts, rollout_settings)
             clock.lap("rollout")
             # 2. Reward model, reference and critic read prompt + answer.
-            rollout = score(self.roles, rollout, rollout_settings.temperature, size)
+            rollout = score(
+                self.roles, rollout, rollout_settings.temperature, size, ppo.old_log_probs
+            )
             check_finite(rollout)
             # 3. Rewards of tokens. 4. Advantages and returns.
             rollout, stats = credit(

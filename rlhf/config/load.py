@@ -54,6 +54,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError with file and line."""
     try:
@@ -62,7 +65,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file. Check --config") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    # Besides its own errors PyYAML lets through what building a malformed value raises.
+    except (yaml.YAMLError, RecursionError, *_MALFORMED) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
@@ -79,7 +83,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def read_recipe(path: Path, _below: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """(settings, origins) of a recipe with everything that it extends merged in."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a loop of links
+        raise ConfigError(f"{path}: no path to a recipe ({error}). Check `extends`") from error
     if path in _below:
         chain = " -> ".join(p.name for p in (*_below, path))
         raise ConfigError(f"{path}: `extends` runs in a circle: {chain}. Remove one of them")

@@ -20,7 +20,7 @@ class DataConfig(Section):
     path: list[str] = doc(
         ["sample:courtesy"],
         "Data sets: `sample:courtesy` (ships with the project), files or directories "
-        "(json, jsonl, csv, parquet, arrow), fsspec URLs, or hub ids.",
+        "(json, jsonl, csv, parquet, arrow), http(s) or fsspec URLs, or hub ids.",
         min_length=1,
     )
     columns: dict[str, str] = doc(
@@ -253,6 +253,11 @@ class PPOConfig(Section):
     missing_eos_penalty: float = doc(1.0, "Taken from the score of an answer without EOS.", ge=0)
     whiten_advantages: bool = doc(True, "Mean 0, std 1 over the global batch.")
     group_std: bool = doc(True, "GRPO divides by the group's standard deviation.")
+    old_log_probs: Literal["auto", "rollout", "forward"] = doc(
+        "auto",
+        "Where the ratio's old log-probs come from: captured by the rollout, or a forward of the "
+        "actor (also where the rollout captures none); `auto`: rollout in float32, else forward.",
+    )
     epochs: Positive = doc(2, "PPO epochs over each rollout.")
     minibatches: Positive = doc(1, "Optimiser steps per PPO epoch.")
     target_kl: float | None = doc(None, "Stop the PPO epochs when approx_kl passes this.", gt=0)
@@ -328,7 +333,7 @@ class RLConfig(Section):
 class RunConfig(Section):
     """One run: where it goes, what it reads, and the three steps."""
 
-    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w.+-]+$")
+    name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w+-][\w.+-]*$")
     output_dir: str = doc("output", "Where runs are kept.")
     seed: int = doc(1234, "Everything random derives from it.", ge=0, lt=2**31)
     launch: LaunchConfig = doc(LaunchConfig, "Processes.")

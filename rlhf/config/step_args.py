@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from rlhf.config.explain import explain
 from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value
 from rlhf.config.load import build_config, load_config, read_yaml, with_values
 from rlhf.config.resolve import check_batches, refuse_redacted, resolve_step
@@ -129,13 +132,18 @@ def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]
         run_dir = Path(config.output_dir) / config.name
         return resolve_step(config, step, run_dir=run_dir, parents=parents)
     content = reveal(content, _hidden_settings())
+    if not isinstance(content["config"], dict):
+        raise ConfigError(f"{path}: config = {content['config']!r:.60}: must be a mapping")
     config = with_values(build_config(content.pop("config"), {"": str(path)}), values)
     refuse_redacted(config)
     unknown = sorted(content.keys() - ResolvedStep.model_fields.keys())
     if unknown or content.get("step") != step:
         what = f"has unknown keys {unknown}" if unknown else f"is for step {content.get('step')}"
         raise ConfigError(f"{path} {what}: give step {step}'s resolved.json")
-    resolved = ResolvedStep(**content).model_copy(update={"config": config})
+    try:
+        resolved = ResolvedStep(**content).model_copy(update={"config": config})
+    except ValidationError as error:
+        raise explain(error, {"": str(path)}) from None
     if parents:
         resolved = resolved.model_copy(update={"parents": {**resolved.parents, **parents}})
     check_batches(config, step, resolved.world_size)

@@ -91,12 +91,23 @@ def render(tokenizer: Any, text: str, messages: Messages, *, generate: bool) -> 
 
     Raises jinja2.TemplateError when the template refuses the messages.
     """
-    return tokenizer.apply_chat_template(
-        messages, chat_template=text, tokenize=False, add_generation_prompt=generate
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=text, tokenize=False, add_generation_prompt=generate
+        )
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        # What an expression in the template raises is the template's fault, too.
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 def template_bos(tokenizer: Any, text: str) -> str:
-    """The bos token's text if the template begins with it, else the empty text."""
+    """The bos token's text if the template begins with it, else the empty text.
+
+    Raises ConfigError for a template that cannot be rendered.
+    """
     bos = tokenizer.bos_token
-    return bos if bos and render(tokenizer, text, _PLAIN, generate=True).startswith(bos) else ""
+    try:
+        rendered = render(tokenizer, text, _PLAIN, generate=True)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"data.template: {error} in {text!r}") from error
+    return bos if bos and rendered.startswith(bos) else ""

@@ -14,7 +14,12 @@ from rlhf.engine.zero3 import is_sharded, sharded_loading
 from rlhf.models.adapters import add_adapters, plain
 from rlhf.models.attention import fast_attention
 from rlhf.models.families import logit_transform, no_dropout, takes_position_ids
-from rlhf.models.loading import check_complete, explain_load_errors, load_arguments
+from rlhf.models.loading import (
+    check_complete,
+    explain_load_errors,
+    load_arguments,
+    refuse_kernels,
+)
 
 HEAD_CHUNK = CHUNK  # token rows of logits alive at once: 256 x 50k x 4 bytes = 51 MB
 
@@ -22,6 +27,29 @@ HEAD_CHUNK = CHUNK  # token rows of logits alive at once: 256 x 50k x 4 bytes = 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids for padded rows: cumsum(mask) - 1, 0 on left pads. (B, T) -> (B, T) int64."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def packs(config: Any) -> bool:
+    """True where attention takes rows of any length side by side without a mask (flash-attention's
+    varlen kernels). Elsewhere one long row costs more than the pads: docs/performance.md."""
+    return str(getattr(config, "_attn_implementation", "")).startswith("flash_attention")
+
+
+def packed_hidden(
+    decoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """(B, T, D) last hidden states, 0 on pads, from one row of the real tokens alone.
+
+    transformers sees where rows begin by position ids that start at 0 again.
+    """
+    found = decoder(
+        input_ids=input_ids[attention_mask].unsqueeze(0),
+        attention_mask=None,
+        position_ids=positions(attention_mask)[attention_mask].unsqueeze(0),
+        use_cache=False,
+    ).last_hidden_state[0]
+    whole = found.new_zeros(*input_ids.shape, found.shape[-1])
+    return whole.masked_scatter(attention_mask.unsqueeze(-1), found)
 
 
 class Backbone(torch.nn.Module):
@@ -41,6 +69,8 @@ class Backbone(torch.nn.Module):
         extra = {}
         if takes_position_ids(decoder):
             extra["position_ids"] = positions(attention_mask)
+        if extra and packs(decoder.config) and not attention_mask.all():
+            return packed_hidden(decoder, input_ids, attention_mask)
         # Without padding the mask says nothing, and attention kernels are faster without it.
         mask = None if attention_mask.all() else attention_mask.long()
         with fast_attention(decoder):
@@ -151,6 +181,7 @@ def load_causal(
     """
     with explain_load_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    refuse_kernels(name, config, settings)
     if not dropout:
         no_dropout(config)
     with explain_load_errors(name), sharded_loading(engine, dtype=dtype):

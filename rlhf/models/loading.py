@@ -44,6 +44,23 @@ def load_arguments(settings: ModelConfig, dtype: str) -> dict[str, Any]:
     return arguments
 
 
+def refuse_kernels(name: str, config: Any, settings: ModelConfig) -> None:
+    """A config.json may name a hub repository whose compiled kernels transformers would load.
+
+    Raises RequirementError, unless the settings name the backend or trust the model's code.
+    """
+    if settings.attn_implementation or settings.trust_remote_code:
+        return
+    for what in ("_attn_implementation", "_experts_implementation"):
+        kernel = getattr(config, what, None)
+        if isinstance(kernel, str) and "/" in kernel:
+            raise RequirementError(
+                f"model {name!r}: its config.json names {kernel!r} for {what.strip('_')}, which is "
+                "compiled code from a hub repository: set model.attn_implementation (sdpa, eager), "
+                "or model.trust_remote_code=true if you trust it"
+            )
+
+
 def check_complete(name: str, info: Any, *, may_lack: str = "no key") -> None:
     """Raises RequirementError where `from_pretrained` would have gone on with random weights.
 

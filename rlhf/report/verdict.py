@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.redact import printable
 from rlhf.store import RunDir, read_json
 
 MAX_KL = 15.0  # nats per answer: beyond it the policy has left what the reward model knows
@@ -87,7 +88,8 @@ def render(verdict: dict[str, Any]) -> str:
         f"{sum(verdict['checks'].values())} of {len(verdict['checks'])} checks hold, "
         f"{count} answers to held-out prompts, 95% intervals."
     )
-    return "\n".join(lines) + "\n"
+    # What a model wrote is quoted above, escape sequences and all; names and judges are not.
+    return printable("\n".join(lines) + "\n")
 
 
 def _table(verdict: dict[str, Any]) -> list[str]:

@@ -18,6 +18,9 @@ from pathlib import Path
 from rlhf.errors import ArtifactError, RequirementError, UserError
 
 CHUNK = 1 << 20
+# torch.save's zip writer, when a write comes up short: its message has no cause
+_TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter")
+_NO_ROOM = 64 << 20
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another --output-dir",
     errno.EDQUOT: "your disk quota is used up: free some space, or choose another --output-dir",
@@ -28,7 +31,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a file is in the way: remove it, or choose another --output-dir or --name",
     errno.EEXIST: "a file is in the way: remove it, or choose another --output-dir or --name",
     errno.ENAMETOOLONG: "choose a shorter --output-dir or --name",
-    errno.EIO: "the disk reports an input/output error: choose another --output-dir",
+    errno.EIO: "the disk reports an error, or a quota is used up: choose another --output-dir",
 }
 
 
@@ -36,16 +39,14 @@ _REMEDIES = {
 def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[None]:
     """Turns what a disk can do to us while writing `path` into a `kind` that names the remedy.
 
-    Libraries in other languages (safetensors, torch) report a full disk as RuntimeError and the
-    like, with the system's text in the message; that is recognised too. Other errors pass.
+    Libraries in other languages report a full disk as RuntimeError and the like: safetensors with
+    the system's text in the message, torch with a line of its source alone. Both are recognised.
+    Other errors pass.
     """
     try:
         yield
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        full = (os.strerror(errno.ENOSPC).lower(), "pytorchstreamwriter failed writing")
-        if code is None and any(text in str(error).lower() for text in full):
-            code = errno.ENOSPC
+        code = error.errno if isinstance(error, OSError) else _code_in(str(error), path)
         if code not in _REMEDIES:
             raise
         where = getattr(error, "filename", None)
@@ -54,6 +55,16 @@ def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[N
             f"{path}: cannot be written: {os.strerror(code)}{at}; {_REMEDIES[code]}. "
             "What was there before is intact"
         ) from error
+
+
+def _code_in(message: str, path: Path) -> int | None:
+    """What a disk did, from another language's message; None: it is about something else."""
+    if os.strerror(errno.ENOSPC).lower() in message.lower():
+        return errno.ENOSPC
+    if not any(mark in message for mark in _TORCH_WRITER):
+        return None
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return errno.ENOSPC if shutil.disk_usage(existing).free < _NO_ROOM else errno.EIO
 
 
 def scan(directory: Path) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 NETWORK = "10.77.0"
-TOOLS = ("ip", "nsenter", "unshare", "ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
+TOOLS = ("ip", "setpriv", "nsenter", "unshare", "ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
 
 INIT = """\
 set -e
@@ -150,6 +151,13 @@ class FakeHosts:
     def kill(self, node: int, pid: int, number: int = signal.SIGKILL) -> None:
         self.run(node, ["kill", f"-{int(number)}", str(pid)])
 
+    def end(self, node: int, started: subprocess.Popen[str], *parts: str) -> None:
+        """Kills what `popen` started: inside, too, where nsenter has a child."""
+        for pid in self.pids(node, *parts):
+            self.kill(node, pid)
+        started.kill()
+        started.wait()
+
     def link(self, node: int, state: str) -> None:
         """`down` cuts the host's cable at the bridge, `up` plugs it in."""
         _ip("-n", self.bridge, "link", "set", self.hosts[node].veth, state)
@@ -167,11 +175,12 @@ class FakeHosts:
 @contextlib.contextmanager
 def fake_hosts(home: Path, count: int = 2) -> Iterator[FakeHosts]:
     """Makes the hosts and takes them away again, whatever happened in between."""
-    tag = f"rlhf{os.getpid() % 100000}"
+    tag = f"rlhf{os.getpid()}"
     made = FakeHosts(home, f"{tag}br")
     for number in range(count):
         name = f"node{number}"
         made.hosts.append(Host(name, f"{NETWORK}.1{number}", f"{tag}n{number}", f"v{number}"))
+    _remove_abandoned()
     try:
         _write_files(made)
         _connect(made)
@@ -216,6 +225,7 @@ def _boot(made: FakeHosts, host: Host) -> None:
     script = INIT.format(name=host.name, home=made.home, local=made.local)
     # nsenter and not `ip netns exec`, which remounts /sys: slurmd would find no cgroup.
     command = [
+        "setpriv", "--pdeathsig", "KILL",  # a killed test run takes its hosts along
         "nsenter", f"--net=/run/netns/{host.netns}",
         "unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--mount-proc",
         "sh", "-c", script,
@@ -229,6 +239,14 @@ def _boot(made: FakeHosts, host: Host) -> None:
             raise RuntimeError(f"{host.name} did not start: {Path(log.name).read_text()}")
         time.sleep(0.02)
     host.init = int(_children(host.runner.pid)[0])
+
+
+def _remove_abandoned() -> None:
+    """Names of networks whose test run was killed; they are empty."""
+    for line in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.splitlines():
+        found = re.fullmatch(r"rlhf(\d+)(br|n\d+)", line.split()[0])
+        if found and not Path(f"/proc/{found[1]}").exists():
+            subprocess.run(["ip", "netns", "del", found[0]], capture_output=True)
 
 
 def _children(pid: int) -> list[str]:

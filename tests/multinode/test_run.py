@@ -30,7 +30,7 @@ def alone(cluster: Cluster) -> RunDir:
 
 def run(cluster: Cluster, command: list[str]) -> str:
     env = cluster.hosts.environment()
-    done = cluster.hosts.run(0, command, cwd=cluster.root, env=env, timeout=280)
+    done = cluster.hosts.run(0, command, cwd=cluster.root, env=env, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -43,7 +43,7 @@ def figures(directory: RunDir, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_hosts_give_the_numbers_of_one(cluster: Cluster, alone: RunDir, stage: int) -> None:
     """Issue 4: one command, pdsh, ZeRO-2 and ZeRO-3: losses, artifacts and files of one host."""

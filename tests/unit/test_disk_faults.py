@@ -178,6 +178,48 @@ def test_a_read_only_run_directory(tmp_path: Path) -> None:
     assert "choose a writable --output-dir" in output
 
 
+@needs_mount
+def test_a_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
+    """Issue 5: the one before it is intact, and nothing is left to fill the disk. torch's own
+    message has no word of a disk."""
+    output = on_small_disk(
+        tmp_path,
+        """
+        import torch
+        from rlhf.errors import ArtifactError
+        from rlhf.resume import _removed_if_failed
+        from rlhf.store.checkpoints import begin, finish, newest_proven
+        from rlhf.store.files import disk_errors
+
+        def save(position):
+            temporary = begin(place, position)
+            with _removed_if_failed(temporary), disk_errors(place):
+                torch.save({"weights": torch.zeros(30_000)}, temporary / "rank0.pt")
+            fields = {"step": 1, "position": position, "world_size": 1, "engines": {}}
+            fields |= {"settings": {}, "parents": {}, "data_fingerprint": "d"}
+            return finish(temporary, place, fields)
+
+        mount("size=400k")
+        first = save(1)
+        for leave in (100_000, 124_000, 0):  # in the data, in the record, at once
+            fill(leave=leave)
+            try:
+                save(2)
+            except ArtifactError as error:
+                print("TOLD", error)
+            else:
+                raise AssertionError("the disk took it")
+            assert newest_proven(place)[0][0] == first
+            assert {path.name for path in place.iterdir()} == {first.name, "filler"}
+            (place / "filler").unlink()
+        assert newest_proven(place)[0][0] == first and save(2) != first
+        """,
+    )
+    told = [line for line in output.splitlines() if line.startswith("TOLD")]
+    assert len(told) == 3
+    assert all("No space left on device; free some space" in line for line in told), told
+
+
 QUOTA = "size=1m,usrquota,usrquota_block_hardlimit=100k,mode=777"
 
 

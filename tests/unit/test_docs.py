@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
 from rlhf.config.keys import lookup, sections
 from rlhf.config.load import load_config, parse_overrides
@@ -137,6 +138,8 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 
 
 def check_driver(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-") and argv[0] in COMMANDS:
+        argv = argv[2:] if argv[0] == "example" else argv[1:]
     if "--help" not in argv:
         # Raises ConfigError for a flag, setting, value or recipe that does not exist.
         parse_options(argv, environ={})

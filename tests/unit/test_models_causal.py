@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -296,3 +297,25 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         _load("org/no-such-model")
     for word in ("org/no-such-model", "http://mirror.invalid", "--hf-endpoint", "give its path"):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_packed_rows_do_not_see_each_other(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """13: real tokens side by side in one row, as flash-attention gets them, give the log-probs and
+    gradients of padded rows (here with torch's attention, which transformers masks accordingly)."""
+    ids, mask = padded([torch.arange(3, 20), torch.arange(30, 60), torch.arange(5, 9)], True)
+    found = []
+    for packed in (False, True):
+        monkeypatch.setattr(causal, "packs", lambda _, packed=packed: packed)
+        module = help_.load_policy(family, name=help_.lively(family))
+        log_probs, _ = module(ids, mask, first_and_rest(mask))
+        log_probs.sum().backward()
+        found.append([log_probs, *(p.grad for p in module.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_packing_is_for_flash_attention_alone() -> None:
+    """Not run here: there is no GPU."""
+    for name, expected in (("flash_attention_2", True), ("sdpa", False), ("eager", False)):
+        assert causal.packs(SimpleNamespace(_attn_implementation=name)) == expected

@@ -1,0 +1,24 @@
+"""Subcommands of `rlhf` and `python train.py` that look at a run instead of making one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from launch import doctor
+
+    return doctor.main(argv)
+
+
+def _example(argv: Sequence[str]) -> int:
+    from launch import examples
+
+    return examples.main(argv)
+
+
+# first word of the command line -> what it runs, with the words after it; returns the exit code
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "doctor": _doctor,
+    "example": _example,
+}

@@ -1,0 +1,238 @@
+"""What every host of a run is asked before it starts, by ssh and at the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launch import probe
+from launch.checks import Check, judge
+from launch.forward import forwarded
+from launch.nodes import on_host
+from launch.plan import Plan
+from launch.ports import free_port
+from launch.spec import PROJECT_ROOT, Placement
+
+SKEW_SECONDS = 5.0
+REDUCE_SECONDS = 90.0
+SPARE_BYTES = 300 * 10**6
+COMPARED = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "tokenizers")
+PARTS = ("train.py", "launch/**/*.py", "rlhf/**/*.py", "step*/**/*.py")
+
+
+def on_hosts(plan: Plan) -> list[Check]:
+    """Every host's checks, asked at the same time, and an all-reduce among those that answer."""
+    hosts = list(plan.placement.hosts)
+    mark = f".probe-{secrets.token_hex(8)}"
+    plan.run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        (plan.run.path / mark).write_text("driver", encoding="utf-8")
+        with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
+            answers = list(pool.map(lambda host: ask(plan, host, mark), hosts))
+        wrote = {host for host in hosts if (plan.run.path / f"{mark}.{host}").exists()}
+    finally:
+        for path in plan.run.path.glob(f"{mark}*"):
+            path.unlink(missing_ok=True)
+    local = probe.main({**question(plan, "", mark), "run_dir": os.devnull})
+    checks = []
+    for host, answer in zip(hosts, answers, strict=True):
+        checks += host_checks(plan, host, answer, local, host in wrote)
+    if not any(check.state == "FAIL" for check in checks):
+        checks.append(reduce_over_hosts(plan))
+    return checks
+
+
+def question(plan: Plan, host: str, mark: str) -> dict[str, Any]:
+    cache = plan.config.data.cache_dir or os.environ.get("RLHF_CACHE") or "~/.cache/rlhf"
+    return {
+        "host": host,
+        "run_dir": str(plan.run.path),
+        "mark": mark,
+        "packages": COMPARED,
+        "root": str(PROJECT_ROOT),
+        "parts": PARTS,
+        "disks": [cache],
+        "port": plan.placement.master_port,
+    }
+
+
+def ask(plan: Plan, host: str, mark: str) -> dict[str, Any]:
+    """What the host says of itself, with `skew` in seconds; or {"error": why it says nothing}."""
+    source = Path(probe.__file__).read_text(encoding="utf-8")
+    began = time.time()
+    command = [sys.executable, "-", json.dumps(question(plan, host, mark))]
+    try:
+        done = on_host(host, command, source)
+    except subprocess.TimeoutExpired as error:
+        return {"error": f"no answer within {error.timeout:.0f} s"}
+    except FileNotFoundError:
+        return {"error": "there is no ssh on this machine"}
+    ended = time.time()
+    if done.returncode != 0:
+        return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+    answer = json.loads(done.stdout.splitlines()[-1])
+    # Outside the time in which it can have been asked, the clocks differ by at least this.
+    answer["skew"] = max(0.0, began - answer["time"], answer["time"] - ended)
+    return dict(answer)
+
+
+def host_checks(
+    plan: Plan, host: str, answer: dict[str, Any], local: dict[str, Any], wrote: bool
+) -> list[Check]:
+    """One host's answer, judged against this machine's."""
+    if "error" in answer:
+        remedy = (
+            f"make `ssh -o BatchMode=yes {host} hostname` work (keys, ~/.ssh/config), and have "
+        )
+        remedy += f"{sys.executable} there"
+        return [Check(f"{host}: ssh", "FAIL", answer["error"], "an answer", remedy)]
+    theirs, ours = answer["packages"], local["packages"]
+    other = [
+        f"{name} {theirs[name]} (here {ours[name]})" for name in ours if theirs[name] != ours[name]
+    ]
+    python, here_python = answer["python"], local["python"]
+    if python.split(".")[:2] != here_python.split(".")[:2]:
+        other.insert(0, f"Python {python} (here {here_python})")
+    same = answer["project"] == local["project"]
+    path = str(plan.run.path)
+    trouble = answer["write_problem"] or ("" if wrote else "what it writes does not appear here")
+    sees = "visible" if answer["sees_mark"] else "NOT visible"
+    checks = [
+        Check(f"{host}: ssh", "ok", f"answers as {answer['hostname']}"),
+        judge(
+            f"{host}: this project",
+            same,
+            "the same" if same else "another version or absent",
+            f"the same files in {PROJECT_ROOT}",
+            "install or share the same version",
+        ),
+        judge(
+            f"{host}: packages",
+            not other,
+            "; ".join(other) or "the same versions",
+            "the same versions",
+            "`pip install` the versions of this machine",
+        ),
+        judge(
+            f"{host}: {path}",
+            answer["sees_mark"] and not trouble,
+            f"{sees}, {trouble or 'writable'}",
+            "one directory that all hosts share",
+            "mount it on every host, or --output-dir on a shared file system",
+        ),
+        judge(
+            f"{host}: clock",
+            answer["skew"] <= SKEW_SECONDS,
+            f"{answer['skew']:.1f} s off",
+            f"within {SKEW_SECONDS:g} s",
+            "run an NTP client on every host",
+        ),
+        _gpus(plan.placement, host, answer["gpus"]),
+        _own_name(plan.placement, host, answer["address"]),
+    ]
+    for place, free in answer["free"].items():
+        checks.append(
+            judge(
+                f"{host}: free disk for tokenised data",
+                free >= SPARE_BYTES,
+                f"{free / 1e9:.2f} GB",
+                f"{SPARE_BYTES / 1e9:.1f} GB in {place}",
+                "free some space, or set data.cache_dir",
+            )
+        )
+    if host == next(iter(plan.placement.hosts)):
+        port = plan.placement.master_port
+        checks.append(
+            judge(
+                f"{host}: port {port}",
+                not answer["port_problem"],
+                answer["port_problem"] or "free",
+                "free on the first host",
+                f"--master-port with another one, e.g. {free_port()}",
+            )
+        )
+    return checks
+
+
+def _gpus(placement: Placement, host: str, memory: list[int]) -> Check:
+    devices = placement.hosts[host]
+    found = f"{len(memory)}, {min(memory) / 1024:.0f} GiB each at least" if memory else "none"
+    if placement.accelerator == "cpu":
+        return judge(
+            f"{host}: GPUs",
+            not memory,
+            found,
+            "none: this run is on CPUs",
+            "to use them: --accelerator cuda",
+            fatal=False,
+        )
+    return judge(
+        f"{host}: GPUs",
+        len(memory) > max(devices),
+        found,
+        f"{len(devices)}",
+        "correct its slots in the hostfile, or check its driver (`nvidia-smi`)",
+    )
+
+
+def _own_name(placement: Placement, host: str, address: str) -> Check:
+    """Debian's installer maps the host name to 127.0.1.1: gloo then offers that to other hosts."""
+    alone = len(placement.hosts) == 1
+    good = alone or not address.startswith("127.") or bool(os.environ.get("GLOO_SOCKET_IFNAME"))
+    return judge(
+        f"{host}: what its own name means",
+        good,
+        address,
+        "an address that other hosts reach, or GLOO_SOCKET_IFNAME",
+        "export GLOO_SOCKET_IFNAME=eth0 (its interface), or correct /etc/hosts there",
+        fatal=placement.accelerator == "cpu",
+    )
+
+
+def reduce_over_hosts(plan: Plan) -> Check:
+    """One rank on each host, as the run will meet."""
+    placement = plan.placement
+    own = {
+        "PYTHONPATH": str(PROJECT_ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(len(placement.hosts)),
+    }
+    own |= {"MASTER_ADDR": placement.master, "MASTER_PORT": str(placement.master_port)}
+    variables = forwarded(os.environ, own)
+
+    def one(numbered: tuple[int, str]) -> str:
+        rank, host = numbered
+        settings = [f"{name}={value}" for name, value in variables.items()]
+        module = [sys.executable, "-m", "rlhf.engine.reduce_check", placement.accelerator]
+        command = ["env", *settings, f"RANK={rank}", *module]
+        try:
+            done = on_host(host, command, timeout=REDUCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"{host}: no end within {REDUCE_SECONDS:g} s"
+        return "" if done.returncode == 0 else f"{host}: {last_line(done.stderr)}"
+
+    with ThreadPoolExecutor(max_workers=len(placement.hosts)) as pool:
+        troubles = [text for text in pool.map(one, enumerate(placement.hosts)) if text]
+    return reduce_check(troubles, f"{len(placement.hosts)} hosts meet")
+
+
+def reduce_check(troubles: list[str], good: str) -> Check:
+    return judge(
+        "all-reduce",
+        not troubles,
+        "; ".join(troubles) or good,
+        "a right sum",
+        "open the ports between the hosts (all of them: gloo and NCCL choose), check "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or --master-addr",
+    )
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no word"])[-1]

@@ -1,0 +1,104 @@
+"""Real processes, really ended: a rank that is killed, a driver that is told to stop (issue 5)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.guard import descendants, is_rank
+from rlhf.store import verify
+from rlhf.store.checkpoints import checkpoints
+from rlhf.track import read_metrics
+from tests.pipeline.test_two_ranks import SETTINGS, write_rows
+from tests.soak import digests, figures
+from tests.unit import model_help as help_
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recovery")
+    write_rows(path / "data")
+    return path
+
+
+def start(root: Path, name: str, *flags: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, str(help_.ROOT / "train.py"), "--step", "1", "--name", name,
+        "--deployment-type", "single_node", "--num-gpus", "2", "--output-dir", str(root),
+        "--actor-model", help_.tiny(), "--data-path", str(root / "data"), *SETTINGS,
+        f"data.cache_dir={root / 'cache'}", "step1.train.epochs=3",
+        f"step1.train.max_steps={STEPS}", *flags,
+    ]  # fmt: skip
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    return subprocess.Popen(
+        command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_steps(process: subprocess.Popen[str], step_dir: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(step_dir / "metrics.jsonl")) < steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Path:
+    """The same step, left alone."""
+    process = start(root, "whole")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return root / "whole" / "step1_sft"
+
+
+def test_a_killed_rank_is_started_again(root: Path, whole: Path) -> None:
+    """--max-restarts: one rank dies, the other ends with it, both go on from the checkpoint."""
+    process = start(root, "killed", "--save-every", "2", "--max-restarts", "1")
+    step_dir = root / "killed" / "step1_sft"
+    wait_for_steps(process, step_dir, 6)
+    ranks = [pid for pid in descendants(process.pid) if is_rank(pid)]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "starting it again; --max-restarts leaves 0 more; from checkpoint step-" in out
+    assert "going on from step-" in out
+    assert digests(step_dir) == digests(whole)
+    assert figures(step_dir) == figures(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_is_told_to_stop_saves(
+    root: Path, whole: Path, number: signal.Signals
+) -> None:
+    """128 + the signal, a checkpoint although none was due, no process left; then it goes on."""
+    name = f"stopped-{int(number)}"
+    process = start(root, name)
+    step_dir = root / name / "step1_sft"
+    wait_for_steps(process, step_dir, 5)
+    below = descendants(process.pid)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, err
+    assert time.monotonic() - began < 40
+    (saved,) = checkpoints(step_dir / "resume")
+    assert f"step 1 is saved at {saved}: the same command goes on from there" in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    process = start(root, name)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert f"goes on from {saved.name}" in out
+    verify(step_dir / "artifact", "sft")
+    assert digests(step_dir) == digests(whole)
+    assert figures(step_dir) == figures(whole)
