@@ -17,8 +17,15 @@ def _example(argv: Sequence[str]) -> int:
     return examples.main(argv)
 
 
+def _plan(argv: Sequence[str]) -> int:
+    from launch import plan_command
+
+    return plan_command.main(argv)
+
+
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
     "example": _example,
+    "plan": _plan,
 }

@@ -18,6 +18,8 @@ from launch.gate import (
     unfinished,
 )
 from launch.launchers import build_spec
+from launch.memory import describe as describe_memory
+from launch.memory import machine_of, step_report
 from launch.options import Options
 from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
 from rlhf.config.load import with_values
@@ -29,6 +31,8 @@ from rlhf.config.resolve import (
     resolve_step,
 )
 from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.plan.advise import Machine
+from rlhf.plan.report import StepReport, as_json
 from rlhf.store import STEP_DIRS, Manifest, RunDir
 
 
@@ -47,6 +51,9 @@ class StepPlan:
     """It starts from its beginning, whatever checkpoints there are."""
     saved: str = ""
     """The checkpoint that it goes on from."""
+    needs: StepReport | None = None
+    """Its memory and time; None: not planned, for the reason in `not_planned`."""
+    not_planned: str = ""
 
     @property
     def done(self) -> bool:
@@ -59,6 +66,7 @@ class Plan:
     config: RunConfig
     recipe: Path | None
     placement: Placement
+    machine: Machine
     steps: list[StepPlan] = field(default_factory=list)
 
     @property
@@ -75,6 +83,9 @@ def make_plan(options: Options) -> Plan:
     """
     config = absolute_paths(with_values(options.config, base_models(options)))
     placement = place(config.launch)
+    machine = machine_of(placement, config.launch)
+    sft_base = options.actor_model or config.step1.model.name
+    bases = {"sft": sft_base, "reward": options.reward_model or config.step2.model.name or sft_base}
     done: dict[int, Manifest | None] = {}
     steps: list[StepPlan] = []
     for step in options.steps:
@@ -93,8 +104,11 @@ def make_plan(options: Options) -> Plan:
         saved = "" if fresh or manifest is not None else unfinished(options, resolved, parents)
         resolved.learning_rate_scale = 1.0 if fresh else recovery_scale(options.run, step)
         spec = launch_spec(resolved, placement, options.run)
-        steps.append(StepPlan(step, resolved, spec, parents, manifest, reason, fresh, saved))
-    return Plan(options.run, config, options.recipe, placement, steps)
+        needs, why_not = step_report(resolved, machine, bases)
+        steps.append(
+            StepPlan(step, resolved, spec, parents, manifest, reason, fresh, saved, needs, why_not)
+        )
+    return Plan(options.run, config, options.recipe, placement, machine, steps)
 
 
 def launch_spec(resolved: ResolvedStep, placement: Placement, run: RunDir) -> LaunchSpec:
@@ -115,12 +129,12 @@ def describe(plan: Plan) -> str:
         *(f"{'' if number else 'env':8} {line}" for number, line in enumerate(_environment(plan))),
     ]
     for item in plan.steps:
-        lines += ["", *describe_step(item, plan.run)]
+        lines += ["", *describe_step(item, plan.machine)]
     return "\n".join(lines)
 
 
-def describe_step(item: StepPlan, run: RunDir) -> list[str]:
-    """What a step does, from what, with which batches, and its command."""
+def describe_step(item: StepPlan, machine: Machine) -> list[str]:
+    """What a step does, from what, with which batches and memory, and its command."""
     step, resolved = item.step, item.resolved
     head = f"step {step}   {STEP_NAMES[step]}: {_origin(item)} -> {STEP_DIRS[step]}/artifact"
     if item.manifest is not None:
@@ -136,6 +150,7 @@ def describe_step(item: StepPlan, run: RunDir) -> list[str]:
     lines += [f"         {parent.note}" for parent in item.parents if parent.note]
     lines += [f"         {line}" for line in describe_inherited(resolved)]
     lines.append(f"         {_batches(resolved)}")
+    lines += [f"         {line}" for line in describe_memory(item.needs, item.not_planned, machine)]
     lines.append(f"         $ {shlex.join(item.spec.argv)}")
     return lines
 
@@ -204,6 +219,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "accumulation": accumulation(
                     item.resolved.config, item.step, item.resolved.world_size
                 ),
+                "needs": as_json(item.needs) if item.needs else None,
                 "argv": item.spec.argv,
                 "env": item.spec.env,
                 "unset": item.spec.unset,

@@ -12,6 +12,7 @@ from pathlib import Path
 from launch.checks import refuse
 from launch.hostcheck import on_hosts
 from launch.hub import check_hub
+from launch.memory import check_memory
 from launch.plan import Plan
 from launch.spec import Placement
 from rlhf.config.names import is_hub_dataset, is_hub_model, is_path_like
@@ -41,6 +42,9 @@ def preflight(plan: Plan) -> tuple[dict[str, str], list[str]]:
     lines = [line] if line else []
     if plan.placement.over_ssh and config.launch.preflight == "full":
         lines += check_hosts(plan)
+    for item in plan.steps:
+        if not item.done and item.needs is not None:
+            lines += check_memory(item.needs, plan.machine, config.launch.check_memory)
     return {"HF_HUB_OFFLINE": "1"} if offline else {}, lines
 
 

@@ -47,6 +47,9 @@ class LaunchConfig(Section):
     master_port: int | Literal["auto"] = doc("auto", "Rendezvous port; auto: a free one.")
     include: str | None = doc(None, "Hosts and devices to use, `host:0,1@other`.")
     exclude: str | None = doc(None, "Hosts and devices to leave out.")
+    check_memory: bool = doc(
+        True, "Refuse to start a step that the planner is sure will not fit in memory."
+    )
     forward: list[str] = doc(
         [],
         "multi_node: names of more environment variables for the processes on other nodes, tokens "

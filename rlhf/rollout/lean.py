@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlhf.models.attention import LOWEST, BlockAttention
 from rlhf.rollout.attention import attend_last
 from rlhf.rollout.blocks import Block, Network, network
 from rlhf.rollout.slab import Slab
 
+# From this head size on, blocks of batched products are faster than torch's CPU flash kernel.
+_WIDE_HEAD = 64
 Layers = list[tuple[Tensor, Tensor]]
 
 
@@ -124,17 +127,20 @@ def _whole(
     queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float
 ) -> Tensor:
     """Causal attention of whole prompts: queries (B, heads, T, size) -> (B * T, heads * size)."""
-    repeat = queries.shape[1] // keys.shape[1]
-    if repeat > 1:
-        keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
-    context = F.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=visible,
-        is_causal=visible is None,
-        scale=scale,
-    )
+    half = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
+    if half and queries.shape[3] >= _WIDE_HEAD:
+        bias = None
+        if visible is not None:
+            zeros = torch.zeros(visible.shape, dtype=queries.dtype)
+            bias = zeros.masked_fill_(~visible, LOWEST)
+        context = BlockAttention.apply(queries, keys, values, bias, scale)
+    else:
+        repeat = queries.shape[1] // keys.shape[1]
+        if repeat > 1:
+            keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
+        context = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible, is_causal=visible is None, scale=scale
+        )
     batch, heads, width, size = context.shape
     return context.transpose(1, 2).reshape(batch * width, heads * size)
 

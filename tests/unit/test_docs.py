@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch import plan_command
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
 from rlhf.config.keys import lookup, sections
@@ -105,7 +106,7 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def flags() -> set[str]:
-    return set(parser()._option_string_actions)
+    return {*parser()._option_string_actions, *plan_command.parser()._option_string_actions}
 
 
 EVERY_COMMAND = [(page, command) for page in PAGES for command in commands(page)]
@@ -138,6 +139,9 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 
 
 def check_driver(argv: list[str]) -> None:
+    if argv[:1] == ["plan"]:
+        plan_command.parse(argv[1:])
+        return
     if argv and not argv[0].startswith("-") and argv[0] in COMMANDS:
         argv = argv[2:] if argv[0] == "example" else argv[1:]
     if "--help" not in argv:

@@ -1,0 +1,123 @@
+"""The planner (rlhf/plan) applied to this machine: its memory, a run's models, what is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.devices import cpu_cores, place, visible_gpus
+from launch.spec import Placement
+from rlhf.config.schema import LaunchConfig, ResolvedStep
+from rlhf.errors import RequirementError, UserError
+from rlhf.plan import report
+from rlhf.plan.advise import Machine
+from rlhf.plan.hardware import CPU_CORE, Speeds, gpu_speeds
+from rlhf.plan.memory import CPU_IMPORTS, Ranks, Shapes
+from rlhf.plan.read import read_shape
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+MEMINFO = Path("/proc/meminfo")
+
+
+def this_machine(config: LaunchConfig) -> tuple[Machine, int]:
+    """(this machine as a step's processes find it, their number). Raises as `place`."""
+    placement = place(config)
+    return machine_of(placement, config), placement.world_size
+
+
+def machine_of(placement: Placement, config: LaunchConfig) -> Machine:
+    """Ranks and their memory. Nodes that cannot be asked are taken to be like this one."""
+    per_node = placement.per_node
+    if placement.accelerator == "cpu":
+        return cpu_machine(placement.world_size, per_node, config.threads)
+    ram = node_memory()
+    beside = ram / per_node if ram else None
+    ranks = Ranks(placement.world_size, False, per_node)
+    return Machine(ranks, gpu_speeds("a100-80g"), gpu_memory(), beside)
+
+
+def cpu_machine(world: int, per_node: int, threads: int | None = None) -> Machine:
+    """CPU ranks that share this machine's RAM and cores."""
+    cores = threads or max(cpu_cores() // per_node, 1)
+    speeds = Speeds(CPU_CORE.flops * cores, CPU_CORE.memory, CPU_CORE.inside, CPU_CORE.between)
+    ram = node_memory()
+    memory = max(ram / per_node - CPU_IMPORTS, 1.0) if ram else None
+    return Machine(Ranks(world, True, per_node), speeds, memory)
+
+
+def node_memory() -> float | None:
+    """Bytes of RAM that processes here may use in all: the machine's, or its cgroup's limit."""
+    found = []
+    with contextlib.suppress(OSError, IndexError, ValueError):  # not Linux: not known
+        words = MEMINFO.read_text().split("MemTotal:")[1].split()
+        found.append(float(words[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
+        found.append(float(CGROUP_LIMIT.read_text()))
+    return min(found) if found else None
+
+
+def gpu_memory(environ: Mapping[str, str] | None = None) -> float | None:
+    """Bytes of the smallest GPU to be used; None: there is none, or nvidia-smi does not say."""
+    names = visible_gpus(os.environ if environ is None else environ)
+    tool = shutil.which("nvidia-smi")
+    if not names or tool is None:
+        return None
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    if all(name.isdigit() for name in names):
+        query.append(f"--id={','.join(names)}")
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        return min(float(line) for line in answer.stdout.split()) * 1024**2
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return None
+
+
+def step_report(
+    resolved: ResolvedStep, machine: Machine, bases: Mapping[str, str | None]
+) -> tuple[report.StepReport | None, str]:
+    """(what a step needs, ""), or (None, why that cannot be said).
+
+    `bases`: the models that this run's `sft` and `reward` artifacts are made from, as long as they
+    are not there to be read themselves.
+    """
+    try:
+        parents = {kind: _readable(resolved.parents.get(kind), bases) for kind in bases}
+        actor = resolved.config.step1.model.name if resolved.step == 1 else None
+        actor = actor or parents["sft"] or bases["sft"] or "tiny:llama"
+        reward = resolved.config.step2.model.name if resolved.step == 2 else parents["reward"]
+        reward = reward or bases["reward"] or actor
+        shapes = Shapes(read_shape(actor), read_shape(reward))
+        return report.plan_step(resolved.config, resolved.step, shapes, machine), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _readable(parent: str | None, bases: Mapping[str, str | None]) -> str | None:
+    """A parent that has a configuration by now, or that is a name."""
+    if parent is None:
+        return None
+    there = Path(parent)
+    return parent if not there.is_absolute() or (there / "config.json").is_file() else None
+
+
+def describe(found: report.StepReport | None, why_not: str, machine: Machine) -> list[str]:
+    """Lines of the plan."""
+    if found is None:
+        return [f"memory not planned: {why_not}"]
+    return report.lines(found, machine)
+
+
+def check_memory(found: report.StepReport, machine: Machine, refuse: bool) -> list[str]:
+    """Warnings. Raises RequirementError where a step is sure not to fit, if `refuse`."""
+    if found.fits:
+        return []
+    text = "; ".join(report.lines(found, machine))
+    if refuse and report.hopeless(found, machine):
+        raise RequirementError(
+            f"step {found.step}: {text}. To try nevertheless: launch.check_memory=false"
+        )
+    return [f"warning: step {found.step}: {text}"]

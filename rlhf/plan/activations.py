@@ -1,0 +1,140 @@
+"""What one forward keeps for its backward, and what it needs while it runs, in bytes.
+
+The table was read off torch's saved tensors (saved_tensors_hooks) with transformers 5.23 on its
+`sdpa` attention; a test repeats the reading for every family. Eager attention (families whose
+attention has no kernel) also keeps rows x heads x width x width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.config.schema import LoraConfig
+from rlhf.plan.lora import adapted_layers, adapted_linears
+from rlhf.plan.shapes import ModelShape
+
+HEAD_CHUNK = 256  # token rows of logits alive at once (rlhf/models/causal.py; a test compares)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Tensors that one layer keeps, per token, counted in widths: so many of `hidden`, ..."""
+
+    hidden: float
+    query: float
+    kv: float
+    mlp: float
+    hidden_16: float = 0.0
+    """More of them where the model runs in 16 bits: norms compute in fp32."""
+    query_kv_16: float = 0.0
+    frozen: float = 0.0
+    """Fewer of them under adapters, where the norms' weights are frozen."""
+    eager: int = 0
+    """Tensors of rows x heads x width x width."""
+    eager_16: int = 0
+    """As many, where the model runs in 16 bits: softmax computes in fp32."""
+
+
+SAVED: dict[str, Saved] = {
+    "llama": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
+    "mistral": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
+    "qwen2": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
+    "qwen3": Saved(6, 4, 4, 4, hidden_16=2, query_kv_16=1, frozen=4),
+    "gemma": Saved(6, 2, 2, 4, hidden_16=4, frozen=2),
+    "gemma2": Saved(10, 2, 2, 4, hidden_16=8, frozen=4, eager=2, eager_16=4),
+    "opt": Saved(4, 2, 2, 1),
+    "gpt2": Saved(4, 2, 2, 5),
+    "gpt_neox": Saved(6, 2, 2, 2),
+    "bloom": Saved(8, 2, 2, 1, eager=1, eager_16=3),
+}
+# Outside the layers: embedding output, final norm.
+OUTSIDE = 3.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward: `rows` of `width` tokens, `counted` of them in each row with a loss.
+
+    `padded` rows differ in length: a mask of width x width is then made for each layer.
+    """
+
+    rows: int
+    width: int
+    counted: int
+    padded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.width
+
+
+def saved_bytes(
+    shape: ModelShape,
+    batch: Batch,
+    size: int,
+    *,
+    lora: LoraConfig | None = None,
+    checkpointing: bool = False,
+    dropout: bool = False,
+    fused_attention: bool = True,
+) -> float:
+    """Bytes kept from forward to backward.
+
+    Args:
+        size: bytes of an element.
+        dropout: the model's own dropout is on (steps 1 and 2).
+        fused_attention: attention dropout needs no tensor of width x width (GPU kernels).
+    """
+    lora = lora or LoraConfig()
+    layer = _layer(shape, batch, size, lora, dropout, fused_attention)
+    trained = adapted_layers(shape, lora) if lora.rank else shape.layers
+    if not checkpointing:
+        return trained * layer + OUTSIDE * batch.tokens * shape.hidden * size
+    # Inputs of all layers are kept, and one layer at a time is made again.
+    return (shape.layers + OUTSIDE) * batch.tokens * shape.hidden * size + layer
+
+
+def _layer(
+    shape: ModelShape,
+    batch: Batch,
+    size: int,
+    lora: LoraConfig,
+    dropout: bool,
+    fused_attention: bool,
+) -> float:
+    saved = SAVED[shape.family]
+    narrow = size < 4
+    hidden = saved.hidden + (saved.hidden_16 if narrow else 0.0)
+    hidden -= saved.frozen if lora.rank else 0.0
+    if dropout and shape.dropout:
+        hidden += 2.0
+    extra = saved.query_kv_16 if narrow else 0.0
+    width = hidden * shape.hidden + saved.mlp * shape.mlp
+    width += (saved.query + extra) * shape.query_width + (saved.kv + extra) * shape.kv_width
+    width += lora.rank * len(adapted_linears(shape, lora))
+    square = batch.rows * batch.width**2 * size
+    eager = (saved.eager_16 if narrow else saved.eager) * shape.heads
+    if dropout and shape.attention_dropout and not fused_attention:
+        eager += 3 * shape.heads
+    return batch.tokens * width * size + square * (eager + (1 if batch.padded else 0))
+
+
+def forward_bytes(shape: ModelShape, batch: Batch, size: int) -> float:
+    """Bytes alive at once in a forward without gradients: one layer's widest moment."""
+    per_token = 5 * shape.hidden + 3 * shape.mlp
+    square = SAVED[shape.family].eager and 2 * shape.heads * batch.rows * batch.width**2
+    return (batch.tokens * per_token + square) * size
+
+
+def logits_bytes(
+    shape: ModelShape, batch: Batch, size: int, *, gradients: bool, entropy: bool = False
+) -> float:
+    """The chunk of logits that is alive at once, with its softmax and their gradients."""
+    calls = max(1, -(-batch.rows * (batch.width - 1) // HEAD_CHUNK))
+    rows = -(-batch.rows * batch.counted // calls)
+    copies = 4.0 if gradients else 3.0
+    if entropy:
+        copies += 3.0
+    # In 16 bits the head's own output is there too.
+    own = size if size < 4 else 0
+    return rows * shape.vocab * (4 * copies + own)

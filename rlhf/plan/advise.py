@@ -1,0 +1,240 @@
+"""Does a step fit, and if not, which change makes it fit at the least cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from rlhf.config.resolve import accumulation
+from rlhf.config.schema import RunConfig
+from rlhf.plan.engines import effective_stage
+from rlhf.plan.hardware import Speeds
+from rlhf.plan.memory import Ranks, Shapes, StepMemory, dtype_of, step_memory
+from rlhf.plan.time import StepTime, step_time
+
+HEADROOM = 0.9  # of a device's memory may be planned: fragments, and the plan's own error
+MOST_CHANGES = 5
+# What a change costs: nothing but time; other rounding; another way to train.
+TIME_ONLY, ROUNDING, METHOD = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Ranks, how fast they are, and the memory of each; None: not known."""
+
+    ranks: Ranks
+    speeds: Speeds
+    memory: float | None = None
+    host_memory: float | None = None
+    """RAM beside the device, per rank."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that together are one change, e.g. `actor ZeRO 3`."""
+
+    kind: str
+    words: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    cost: int = TIME_ONLY
+
+
+def fits(memory: StepMemory, machine: Machine) -> bool:
+    """True too where the machine's memory is not known."""
+    device = machine.memory is None or memory.peak <= HEADROOM * machine.memory
+    host = machine.host_memory is None or memory.host <= HEADROOM * machine.host_memory
+    return device and host
+
+
+def advise(
+    config: RunConfig, step: int, shapes: Shapes, machine: Machine
+) -> tuple[Change, ...] | None:
+    """The changes that make a step fit; None where none of ours do.
+
+    Changes that cost only time come before those that change rounding (bfloat16), and these before
+    those that train another way (adapters). Then the fewest, then those with the least time.
+    """
+    options = list(possible(config, step, machine))
+    for cost in (TIME_ONLY, ROUNDING, METHOD):
+        allowed = [change for change in options if change.cost <= cost]
+        if not _fits_with(config, step, shapes, machine, _strongest(allowed)):
+            continue
+        for count in range(1, MOST_CHANGES + 1):
+            fitting = [
+                changes
+                for changes in _sets(allowed, count)
+                if _fits_with(config, step, shapes, machine, changes)
+            ]
+            if fitting:
+                return min(fitting, key=lambda c: _seconds(config, step, shapes, machine, c))
+    return None
+
+
+def fastest(
+    config: RunConfig, step: int, shapes: Shapes, machine: Machine
+) -> tuple[Change, ...] | None:
+    """Of all sets of changes that cost only time, the one that fits with the least of it; else
+    as `advise`."""
+    allowed = [c for c in possible(config, step, machine) if c.cost == TIME_ONLY]
+    fitting = [
+        changes
+        for count in range(MOST_CHANGES + 1)
+        for changes in _sets(allowed, count)
+        if _fits_with(config, step, shapes, machine, changes)
+    ]
+    if not fitting:
+        return advise(config, step, shapes, machine)
+    return min(fitting, key=lambda c: (_seconds(config, step, shapes, machine, c), len(c)))
+
+
+def most_sparing(config: RunConfig, step: int, machine: Machine) -> tuple[Change, ...]:
+    """All that could be changed to save memory, each kind at its strongest."""
+    return _strongest(list(possible(config, step, machine)))
+
+
+def apply(config: RunConfig, changes: Iterable[Change]) -> RunConfig:
+    """A copy with the changes' settings; they are our own, so they are not checked again."""
+    for change in changes:
+        for key, value in change.values.items():
+            config = _changed(config, key.split("."), value)
+    return config
+
+
+def _changed(section: Any, path: Sequence[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _changed(getattr(section, path[0]), path[1:], value)
+    return section.model_copy(update={path[0]: value})
+
+
+def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]:
+    """Single changes that save memory; at most one of each kind is used."""
+    world, on_cpu = machine.ranks.world, machine.ranks.on_cpu
+    yield from _smaller_batches(config, step, world)
+    yield from _more_zero(config, step, world, on_cpu)
+    models = _models(config, step)
+    plain = [name for name, model in models.items() if not model.gradient_checkpointing]
+    if plain:
+        yield Change("checkpointing", "gradient checkpointing",
+                     {f"{name}.gradient_checkpointing": True for name in plain})  # fmt: skip
+    if not on_cpu:
+        for stage in (2, 3):
+            values: dict[str, Any] = {}
+            for name, engine in _engines(config, step).items():
+                if engine.offload == "none":
+                    values[f"{name}.zero_stage"] = max(stage, engine.zero_stage)
+                    values[f"{name}.offload"] = "cpu"
+            if stage == 3 and step == 3:
+                values["step3.reference_engine.zero_stage"] = 3
+                values["step3.reference_engine.offload"] = "cpu"
+            if values:
+                yield Change("zero", f"ZeRO {stage} with optimiser offload to RAM", values)
+    wide = [name for name, model in models.items() if dtype_of(model, on_cpu) == "float32"]
+    if wide:
+        yield Change("dtype", "bfloat16", {f"{name}.dtype": "bfloat16" for name in wide}, ROUNDING)
+    whole = [name for name, model in models.items() if not model.lora.rank]
+    if whole:
+        yield Change("lora", "LoRA r=16", {f"{n}.lora.rank": 16 for n in whole}, METHOD)
+
+
+def rows_per_step(config: RunConfig, step: int) -> int:
+    """Rows of one optimiser step over all ranks."""
+    rl = config.step3
+    if step == 3:
+        return rl.rollout.prompts * rl.rollout.samples_per_prompt // rl.ppo.minibatches
+    return (config.step1 if step == 1 else config.step2).train.batch_size
+
+
+def _smaller_batches(config: RunConfig, step: int, world: int) -> Iterator[Change]:
+    key = "step3.micro_batch_size" if step == 3 else f"step{step}.train.micro_batch_size"
+    # A micro-batch is never larger than a rank's share of an optimiser step.
+    rows, size = rows_per_step(config, step), config.step3.micro_batch_size
+    if step < 3:
+        size = (config.step1 if step == 1 else config.step2).train.micro_batch_size
+    size = min(size, max(rows // world, 1))
+    while size > 1:
+        size //= 2
+        values = {key: size}
+        if step < 3:
+            values[f"step{step}.train.eval_batch_size"] = size
+        passes = accumulation(apply(config, [Change("", "", values)]), step, world)
+        words = f"micro-batch {size} with accumulation {passes}"
+        yield Change("micro", words, values)
+    rows = config.step3.rollout.batch_size
+    while step == 3 and rows > max(8, config.step3.rollout.samples_per_prompt):
+        rows //= 2
+        yield Change("rollout", f"{rows} rows generated at once",
+                     {"step3.rollout.batch_size": rows})  # fmt: skip
+
+
+def _more_zero(config: RunConfig, step: int, world: int, on_cpu: bool) -> Iterator[Change]:
+    if world == 1:
+        return
+    engines = _engines(config, step)
+    running = {
+        name: effective_stage(engine, dtype_of(model, on_cpu))
+        for (name, engine), model in zip(
+            engines.items(), _models(config, step).values(), strict=True
+        )
+    }
+    for stage in (1, 2, 3):
+        lower = {name: engine for name, engine in engines.items() if running[name] < stage}
+        if step < 3 and lower:
+            yield Change("zero", f"ZeRO {stage}", {f"step{step}.engine.zero_stage": stage})
+        if step < 3 or not lower:
+            continue
+        if "step3.actor.engine" in lower:
+            yield Change("zero", f"actor ZeRO {stage}", {"step3.actor.engine.zero_stage": stage})
+        values: dict[str, Any] = {f"{name}.zero_stage": stage for name in lower}
+        yield Change("zero", f"actor and critic ZeRO {stage}", values)
+    if step == 3 and config.step3.reference_engine.zero_stage != 3:
+        values = {f"{name}.zero_stage": 3 for name in engines}
+        values["step3.reference_engine.zero_stage"] = 3
+        yield Change("zero", "ZeRO 3 for all four models", values)
+        yield Change("reference", "reference and reward model ZeRO 3",
+                     {"step3.reference_engine.zero_stage": 3})  # fmt: skip
+
+
+def _models(config: RunConfig, step: int) -> dict[str, Any]:
+    rl = config.step3
+    if step == 3:
+        return {"step3.actor.model": rl.actor.model, "step3.critic.model": rl.critic.model}
+    return {f"step{step}.model": (config.step1 if step == 1 else config.step2).model}
+
+
+def _engines(config: RunConfig, step: int) -> dict[str, Any]:
+    rl = config.step3
+    if step == 3:
+        return {"step3.actor.engine": rl.actor.engine, "step3.critic.engine": rl.critic.engine}
+    return {f"step{step}.engine": (config.step1 if step == 1 else config.step2).engine}
+
+
+def _sets(options: Sequence[Change], count: int) -> Iterator[tuple[Change, ...]]:
+    """Sets of `count` changes, no two of one kind."""
+    for changes in combinations(options, count):
+        if len({change.kind for change in changes}) == count:
+            yield changes
+
+
+def _strongest(options: Sequence[Change]) -> tuple[Change, ...]:
+    """The last of each kind: those that save most."""
+    return tuple({change.kind: change for change in options}.values())
+
+
+def _fits_with(
+    config: RunConfig, step: int, shapes: Shapes, machine: Machine, changes: Sequence[Change]
+) -> bool:
+    return fits(step_memory(apply(config, changes), step, shapes, machine.ranks), machine)
+
+
+def _seconds(
+    config: RunConfig, step: int, shapes: Shapes, machine: Machine, changes: Sequence[Change]
+) -> float:
+    return time_with(config, step, shapes, machine, changes).seconds
+
+
+def time_with(
+    config: RunConfig, step: int, shapes: Shapes, machine: Machine, changes: Sequence[Change] = ()
+) -> StepTime:
+    return step_time(apply(config, changes), step, shapes, machine.ranks, machine.speeds)

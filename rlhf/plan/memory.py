@@ -1,0 +1,312 @@
+"""Bytes per rank at each moment of each step; the largest moment decides whether a step fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf.config.resolve import accumulation
+from rlhf.config.schema import EngineConfig, ModelConfig, RLConfig, RunConfig
+from rlhf.plan.activations import Batch, forward_bytes, logits_bytes, saved_bytes
+from rlhf.plan.engines import SIZES, EngineBytes, Parts, engine_bytes
+from rlhf.plan.lora import adapter_parameters
+from rlhf.plan.shapes import ModelShape
+
+# What a process holds on a CPU besides tensors once it trains, over its size after the imports:
+# allocator, thread and kernel buffers. Measured: `python -m benchmarks.plan --baseline`.
+CPU_FRAMEWORK = 85e6
+CPU_FRAMEWORK_ZERO = 50e6  # more, with ZeRO 1-3
+CPU_IMPORTS = 450e6  # after the imports: python, torch, deepspeed, transformers, datasets
+# CUDA context, cuBLAS and NCCL buffers. A common figure; not measured here.
+GPU_FRAMEWORK = 2.0e9
+NEEDS_CRITIC = {"ppo": True, "grpo": False, "rloo": False, "reinforce++": False}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many processes, and on what."""
+
+    world: int
+    on_cpu: bool
+    per_node: int = 1
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The models that a run's steps build on."""
+
+    actor: ModelShape
+    reward: ModelShape
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one rank of one step, by moment."""
+
+    step: int
+    moments: dict[str, Parts]
+
+    @property
+    def worst(self) -> str:
+        """The moment with the most bytes on the device."""
+        return max(self.moments, key=lambda name: self.moments[name].total)
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the device at the worst moment."""
+        return self.moments[self.worst].total
+
+    @property
+    def host(self) -> float:
+        """Bytes of one rank in RAM beside the device, at the worst moment for RAM."""
+        return max(parts.host for parts in self.moments.values())
+
+
+def step_memory(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> StepMemory:
+    """What a rank of this step holds. `config` as the step gets it (`resolve_step`)."""
+    if step == 3:
+        moments = _ppo(config, shapes, ranks)
+    else:
+        moments = _supervised(config, step, shapes, ranks)
+    zero = any(engine.zero_stage for engine in _engines(config, step))
+    base = Parts(framework=GPU_FRAMEWORK)
+    if ranks.on_cpu:
+        base = Parts(framework=CPU_FRAMEWORK + (CPU_FRAMEWORK_ZERO if zero else 0.0))
+        moments = {name: _in_ram(parts) for name, parts in moments.items()}
+    return StepMemory(step, {name: parts + base for name, parts in moments.items()})
+
+
+def dtype_of(model: ModelConfig, on_cpu: bool) -> str:
+    """As rlhf/models/loading.py chooses `auto`."""
+    return ("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype
+
+
+def _engines(config: RunConfig, step: int) -> list[EngineConfig]:
+    rl = config.step3
+    if step == 3:
+        return [rl.actor.engine, rl.critic.engine, rl.reference_engine]
+    return [(config.step1 if step == 1 else config.step2).engine]
+
+
+def _in_ram(parts: Parts) -> Parts:
+    """On a CPU everything is in RAM: copies on the host count with the weights."""
+    return replace(parts, weights=parts.weights + parts.host, host=0.0)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model in an engine, and what it does."""
+
+    shape: ModelShape
+    model: ModelConfig
+    engine: EngineConfig
+    dtype: str
+    scalar: bool
+    trains: bool
+    bytes: EngineBytes
+
+    @property
+    def size(self) -> int:
+        return SIZES[self.dtype]
+
+    @property
+    def whole(self) -> float:
+        """All weights, once."""
+        return self.size * float(self.shape.scalar if self.scalar else self.shape.causal)
+
+
+def make_role(
+    shape: ModelShape,
+    model: ModelConfig,
+    engine: EngineConfig,
+    ranks: Ranks,
+    *,
+    scalar: bool,
+    trains: bool,
+) -> Role:
+    dtype = dtype_of(model, ranks.on_cpu)
+    total = shape.scalar if scalar else shape.causal
+    trained, adapters = total if trains else 0, 0
+    if trains and model.lora.rank:
+        adapters = adapter_parameters(shape, model.lora)
+        trained = adapters + (shape.embed_dim if scalar else 0)
+    made = engine_bytes(
+        engine,
+        dtype=dtype,
+        world=ranks.world,
+        total=total + adapters,
+        trained=trained,
+        largest=min(shape.largest, max(trained, 1)) if trains else shape.largest,
+        on_cpu=ranks.on_cpu,
+        hidden=shape.hidden,
+    )
+    return Role(shape, model, engine, dtype, scalar, trains, made)
+
+
+def _training(
+    role: Role, batch: Batch, ranks: Ranks, *, passes: int, dropout: bool, entropy: bool = False
+) -> dict[str, Parts]:
+    """Moments of one optimiser step, on top of what is resident."""
+    activations = saved_bytes(
+        role.shape,
+        batch,
+        role.size,
+        lora=role.model.lora,
+        checkpointing=role.model.gradient_checkpointing,
+        dropout=dropout,
+        fused_attention=not ranks.on_cpu,
+    )
+    logits = 0.0
+    if not role.scalar:
+        logits = logits_bytes(role.shape, batch, role.size, gradients=True, entropy=entropy)
+    engine = role.bytes
+    backward = engine.forward + engine.backward
+    if passes == 1 and ranks.on_cpu:
+        # Gradients take the place of activations as the backward goes; with more passes they stay.
+        activations = max(activations - backward.gradients, 0.0)
+    return {
+        "backward": backward + Parts(activations=activations, logits=logits),
+        "reduce": engine.reduce,
+        "step": engine.step,
+    }
+
+
+def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
+    scalar = step == 2
+    section: Any = config.step2 if scalar else config.step1
+    shape = shapes.reward if scalar else shapes.actor
+    role = make_role(shape, section.model, section.engine, ranks, scalar=scalar, trains=True)
+    width = section.max_length or config.step1.max_length
+    prompt = section.max_prompt_length or config.step1.max_prompt_length
+    counted = width if scalar or config.step1.prompt_loss else width - prompt
+    sides = 2 if scalar else 1
+    share = -(-section.train.batch_size // ranks.world)
+    passes = accumulation(config, step, ranks.world)
+    train = section.train
+    rows = _within(train.micro_batch_tokens, min(train.micro_batch_size, share), sides * width)
+    if rows < min(train.micro_batch_size, share):
+        passes = max(passes, -(-share // rows))
+    batch = Batch(sides * rows, width, counted)
+    resident = role.bytes.resident
+    moments = {"load": _loading([role], ranks)}
+    moments |= {
+        name: resident + parts
+        for name, parts in _training(role, batch, ranks, passes=passes, dropout=True).items()
+    }
+    held_out = Batch(sides * section.train.eval_batch_size, width, counted)
+    moments["evaluate"] = resident + _reading(role, held_out)
+    moments["publish"] = resident + Parts(host=role.whole)
+    return moments
+
+
+def _within(tokens: int | None, rows: int, width: int) -> int:
+    """Rows of full length in a micro-batch of at most so many tokens; always one."""
+    return rows if tokens is None else max(1, min(rows, tokens // width))
+
+
+def _loading(roles: list[Role], ranks: Ranks) -> Parts:
+    """While the last of the models is read: on a CPU the file's pages are there beside the weights,
+    unless they are the weights; for a GPU each rank reads the whole model into RAM first."""
+    last, held = roles[-1], Parts()
+    for role in roles[:-1]:
+        held += role.bytes.resident
+    parameters = last.whole / last.size
+    if not ranks.on_cpu:
+        return held + Parts(host=0.0 if last.engine.zero_stage == 3 else last.whole)
+    file = 0.0 if last.size == last.shape.stored else last.shape.stored * parameters
+    return held + Parts(weights=last.bytes.resident.weights + file)
+
+
+def _reading(role: Role, batch: Batch) -> Parts:
+    """A forward without gradients."""
+    logits = 0.0
+    if not role.scalar:
+        logits = logits_bytes(role.shape, batch, role.size, gradients=False)
+    activations = forward_bytes(role.shape, batch, role.size)
+    return role.bytes.forward + Parts(activations=activations, logits=logits)
+
+
+def ppo_roles(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Role]:
+    """The models of step 3 and their engines."""
+    rl = config.step3
+    judge = shapes.reward
+    roles = {
+        "actor": make_role(shapes.actor, rl.actor.model, rl.actor.engine, ranks,
+                           scalar=False, trains=True),
+        "reference": make_role(shapes.actor, rl.actor.model, rl.reference_engine, ranks,
+                               scalar=False, trains=False),
+        "reward": make_role(judge, rl.critic.model, rl.reference_engine, ranks,
+                            scalar=True, trains=False),
+    }  # fmt: skip
+    if NEEDS_CRITIC[rl.algorithm]:
+        roles["critic"] = make_role(
+            judge, rl.critic.model, rl.critic.engine, ranks, scalar=True, trains=True
+        )
+    return roles
+
+
+def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
+    rl = config.step3
+    roles = ppo_roles(config, shapes, ranks)
+    resident = Parts()
+    for role in roles.values():
+        resident += role.bytes.resident
+    actor = roles["actor"]
+    if rl.ppo.ema_decay:
+        trained = actor.bytes.resident.optimizer / 12 if actor.engine.zero_stage else 0.0
+        resident += Parts(optimizer=4.0 * (trained or actor.whole / actor.size))
+    prompt = rl.rollout.max_prompt_length or config.step1.max_prompt_length
+    answer = rl.rollout.max_new_tokens
+    rows = max(rl.rollout.prompts // ranks.world, 1) * rl.rollout.samples_per_prompt
+    in_minibatch = max(rows // rl.ppo.minibatches, 1)
+    passes = -(-in_minibatch // rl.micro_batch_size)
+    together = _within(
+        rl.micro_batch_tokens, min(rl.micro_batch_size, in_minibatch), prompt + answer
+    )
+    passes = max(passes, -(-in_minibatch // together))
+    batch = Batch(together, prompt + answer, answer, padded=True)
+    moments = {
+        "load": _loading(list(roles.values()), ranks),
+        "generate": resident + generation(actor, rl, rows, prompt),
+    }
+    for name, role in roles.items():
+        moments[f"score with {name}"] = resident + _reading(role, batch)
+        if role.trains:
+            training = _training(
+                role, batch, ranks, passes=passes, dropout=False, entropy=not role.scalar
+            )
+            moments |= {f"{name} {at}": resident + parts for at, parts in training.items()}
+    # The verdict reads one more model: what step 1 started from.
+    base = roles["reference"]
+    asked = max(rl.eval.prompts // ranks.world, 1)
+    moments["verdict"] = resident + base.bytes.resident + generation(base, rl, asked, prompt)
+    copies = sum(role.whole for role in roles.values() if role.trains)
+    moments["publish"] = resident + Parts(host=copies)
+    return moments
+
+
+def generation(role: Role, rl: RLConfig, rows: int, prompt: int) -> Parts:
+    """The cache of keys and values, one step's logits, and the gathered weights."""
+    shape, size, rollout = role.shape, role.size, rl.rollout
+    slots = min(rollout.batch_size, rows)
+    answer = rollout.max_new_tokens
+    spare = min(answer, 64) if rows > slots else 0
+    per_column = 2.0 * shape.layers * shape.kv_width * size
+    columns = prompt + answer + spare
+    distinct = max(slots // rollout.samples_per_prompt, 1)
+    kv_cache = per_column * (slots * columns + distinct * prompt)  # the slab, and the prefill's own
+    reading = forward_bytes(shape, Batch(distinct, prompt, 1), size)
+    logits = slots * shape.vocab * (3 * 4.0 + size)
+    if rollout.engine == "hybrid" and rollout.hybrid_kernels:
+        # DeepSpeed's kernels keep their own weights, and a cache for the whole batch.
+        return role.bytes.whole + Parts(
+            weights=role.whole, kv_cache=per_column * slots * columns, logits=logits
+        )
+    return role.bytes.whole + Parts(activations=reading, logits=logits, kv_cache=kv_cache)
+
+
+def summary(memory: StepMemory) -> Mapping[str, float]:
+    """The parts at the worst moment that are not 0, largest first."""
+    parts = memory.moments[memory.worst].named()
+    return dict(sorted(((k, v) for k, v in parts.items() if v), key=lambda item: -item[1]))

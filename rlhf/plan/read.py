@@ -1,0 +1,103 @@
+"""A model's shape by its name, from what is on this machine: never the network, never weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import ConfigError, RequirementError
+from rlhf.plan.gguf import gguf_config
+from rlhf.plan.known import known_config
+from rlhf.plan.shapes import ModelShape, shape_of
+
+# What rlhf/models/tiny.py makes (a test compares): it imports torch, so it cannot be asked here.
+TINY_VOCAB = 1024
+TINY = {"hidden": 128, "layers": 2, "heads": 4, "mlp": 352, "positions": 512}
+
+
+def read_shape(name: str) -> ModelShape:
+    """The shape of a model named as in the README: directory, `.gguf`, `package:`, `tiny:`, hub id.
+
+    A hub id is looked up in the local hub cache, then among the known models.
+    Raises ConfigError or RequirementError: nothing here says what it looks like.
+    """
+    return shape_of(read_config(name), name)
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The model's configuration in transformers' names; errors as `read_shape`."""
+    if name.startswith("tiny:"):
+        return tiny_config(name.removeprefix("tiny:"))
+    if name.startswith("package:"):
+        return gguf_config(_in_package(name.removeprefix("package:")))
+    path = Path(name).expanduser()
+    if path.is_file():
+        return gguf_config(path)
+    if path.is_dir():
+        return _json(path / "config.json")
+    cached = _in_hub_cache(name)
+    found = _json(cached) if cached else known_config(name)
+    if found is None:
+        raise RequirementError(
+            f"model {name!r}: its configuration is neither on this machine nor among the known "
+            "models, so it cannot be planned for: give a directory with its config.json"
+        )
+    return found
+
+
+def tiny_config(family: str) -> dict[str, Any]:
+    """The configuration of `tiny:FAMILY`."""
+    size = TINY
+    common = {"model_type": family, "vocab_size": TINY_VOCAB, "tie_word_embeddings": True,
+              "dtype": "float32"}  # fmt: skip
+    two_matrices = size["mlp"] * 3 // 2
+    if family == "gpt2":
+        own: dict[str, Any] = {
+            "n_embd": size["hidden"], "n_layer": size["layers"], "n_head": size["heads"],
+            "n_inner": two_matrices, "n_positions": size["positions"],
+            "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+        }  # fmt: skip
+    else:
+        own = {
+            "hidden_size": size["hidden"], "num_hidden_layers": size["layers"],
+            "num_attention_heads": size["heads"], "intermediate_size": size["mlp"],
+            "head_dim": size["hidden"] // size["heads"], "ffn_dim": two_matrices, "dropout": 0.0,
+            "max_position_embeddings": size["positions"],
+        }  # fmt: skip
+    return {**common, **own}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RequirementError(f"{path}: no such file, so the model cannot be planned") from error
+    except (OSError, ValueError) as error:
+        raise RequirementError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a JSON object")
+    return content
+
+
+def _in_package(name: str) -> Path:
+    package, _, file = name.partition("/")
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(Path(places[0]).rglob(file or "*.gguf")) if places else []
+    if len(files) != 1:
+        raise RequirementError(
+            f"model package:{name}: one GGUF file is needed in the package, found {len(files)}"
+        )
+    return files[0]
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    folder = root / ("models--" + name.replace("/", "--"))
+    found = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
