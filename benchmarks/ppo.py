@@ -34,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rows", type=int, default=16, help="prompts per iteration")
     parser.add_argument("--micro", type=int, default=16, help="rows per forward, both sides")
+    parser.add_argument("--micro-tokens", type=int, help="ours: step3.micro_batch_tokens")
     parser.add_argument("--epochs", type=int, default=1, help="PPO epochs")
     parser.add_argument("--early", action="store_true", help="mean answer 24 tokens, not 64")
     parser.add_argument("--pairs", type=int, default=5)
@@ -60,6 +61,7 @@ def main() -> None:
         dtype=args.dtype,
         rows=args.rows,
         micro=min(args.micro, args.rows),
+        micro_tokens=args.micro_tokens,
         early=args.early,
         epochs=args.epochs,
         old_log_probs=args.old_log_probs,

@@ -15,12 +15,13 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.pairs import Worker, compare, print_line, serve, worker
-from benchmarks.workload import OurPPO, Workload
+from benchmarks.workload import MODELS_AT, OurPPO, Workload, model_dirs
 
 
 def run_rank(workload: Workload) -> None:
@@ -64,6 +65,7 @@ def ranks(stack: ExitStack, count: int, workload: Workload) -> Worker:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
+            MODELS_AT: str(Path(model_dirs(workload.model, workload.seed)[0]).parent),
         }
 
     others = [

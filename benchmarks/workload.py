@@ -32,6 +32,7 @@ from rlhf.data.plan import Budget
 PAD, EOS, BOS = 0, 1, 2
 PROMPT, ANSWER, MEAN_EARLY = 128, 64, 24
 NEVER = -1e4
+MODELS_AT = "RLHF_BENCHMARK_MODELS"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Workload:
     early: bool = False  # answers of MEAN_EARLY tokens in the mean, at most ANSWER
     epochs: int = 1
     micro: int = 16  # rows in a forward of scoring and update
+    micro_tokens: int | None = None  # ours: micro_batch_tokens
     old_log_probs: str = "rollout"  # ours; trl takes them from generation, too
     seed: int = 0
 
@@ -87,7 +89,14 @@ CONFIGS = {"6m": opt_6m, "135m": llama_135m}
 
 @functools.cache
 def model_dirs(name: str, seed: int = 0) -> tuple[str, str]:
-    """Directories with a random policy and a random reward model; removed at the process's end."""
+    """Directories with a random policy and a random reward model.
+
+    They are removed at the end of the process that made them. Others find them by $MODELS_AT: ranks
+    cannot make their own, since in a process group transformers writes on rank 0 alone.
+    """
+    if MODELS_AT in os.environ:
+        root = Path(os.environ[MODELS_AT])
+        return str(root / "policy"), str(root / "reward")
     root = Path(tempfile.mkdtemp(prefix=f"rlhf-bench-{name}-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     torch.manual_seed(seed)
@@ -259,6 +268,7 @@ def _settings(workload: Workload) -> dict[str, Any]:
         },
         "ppo": {"epochs": workload.epochs, "old_log_probs": workload.old_log_probs},
         "micro_batch_size": workload.micro,
+        "micro_batch_tokens": workload.micro_tokens,
     }
 
 

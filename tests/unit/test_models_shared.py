@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf import models
 from rlhf.config.schema import RLConfig
+from rlhf.engine.checkpoint import load_engine, save_engine
 from rlhf.errors import ConfigError
 from rlhf.rollout import build_rollout
 from step3_ppo.conclude import _whole
@@ -220,3 +221,27 @@ def test_another_base_is_seen() -> None:
     )  # fmt: skip
     assert any("four models of their own" in line for line in lines)
     assert type(roles.actor.module).__name__ == "CausalModel"
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    """Each engine saves and reads back its own adapters and head alone; training goes on alike."""
+    rollout = scored_rollout()
+
+    def step(roles: Any, seed: int) -> dict[str, float]:
+        return update(
+            roles.actor, roles.critic, rollout, settings(True).ppo, temperature=1.0,
+            micro_batch_size=6, seed=seed,
+        )  # fmt: skip
+
+    first = load(True, "llama")
+    step(first, 1)
+    for name in ("actor", "critic"):
+        save_engine(getattr(first, name), tmp_path / name)
+    wanted = step(first, 2)
+    again = load(True, "llama")
+    load_engine(again.actor, tmp_path / "actor")
+    before = {n: p.clone() for n, p in again.critic.module.named_parameters()}
+    fresh = load(True, "llama").critic.module.named_parameters()
+    assert all(torch.equal(before[n], p) for n, p in fresh), "the actor's state touched the critic"
+    load_engine(again.critic, tmp_path / "critic")
+    assert step(again, 2) == wanted
