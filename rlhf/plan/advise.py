@@ -59,7 +59,12 @@ def advise(
     options = list(possible(config, step, machine))
     for cost in (TIME_ONLY, ROUNDING, METHOD):
         allowed = [change for change in options if change.cost <= cost]
-        if not _fits_with(config, step, shapes, machine, _strongest(allowed)):
+        # Offloading is the strongest for the GPU and the worst for the RAM: with and without it.
+        spared = [change for change in allowed if "offload" not in change.words]
+        if not any(
+            _fits_with(config, step, shapes, machine, _strongest(some))
+            for some in (allowed, spared)
+        ):
             continue
         for count in range(1, MOST_CHANGES + 1):
             fitting = [
@@ -161,7 +166,8 @@ def _smaller_batches(config: RunConfig, step: int, world: int) -> Iterator[Chang
         passes = accumulation(apply(config, [Change("", "", values)]), step, world)
         words = f"micro-batch {size} with accumulation {passes}"
         yield Change("micro", words, values)
-    rows = config.step3.rollout.batch_size
+    rollout = config.step3.rollout
+    rows = min(rollout.batch_size, max(rollout.prompts * rollout.samples_per_prompt // world, 1))
     while step == 3 and rows > max(8, config.step3.rollout.samples_per_prompt):
         rows //= 2
         yield Change("rollout", f"{rows} rows generated at once",
