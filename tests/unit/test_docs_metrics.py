@@ -132,6 +132,8 @@ def test_step_2_logs_what_its_glossary_says(loss: str) -> None:
 
 
 class FakeSampler:
+    reports = False  # as vLLM does
+
     def generate(self, request: Any, sampling: Any) -> Generation:
         prompts = request.prompt_ids
         rows = len(prompts)
@@ -143,6 +145,7 @@ class FakeSampler:
             answer_mask=torch.ones_like(answers, dtype=torch.bool),
             ended=torch.tensor([True, False]).repeat(rows)[:rows],
             log_probs=torch.full(answers.shape, -1.0),
+            sampler_log_probs=torch.full(answers.shape, -1.1) if self.reports else None,
         )
 
     def sync_weights(self, step: int) -> None:
@@ -151,7 +154,9 @@ class FakeSampler:
 
 def ppo_names(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> set[str]:
     """What the trainer yields for each of two iterations."""
-    monkeypatch.setattr(ppo, "build_rollout", lambda *args, **kwargs: FakeSampler())
+    sampler = FakeSampler()
+    sampler.reports = "step3.rollout.engine=vllm" in overrides
+    monkeypatch.setattr(ppo, "build_rollout", lambda *args, **kwargs: sampler)
     run = fake_run("step3.rollout.prompts=4", "step3.iterations=2", *overrides)
     ids = [[5, 6], [7], [5], [6, 7, 5]]
     prompts = datasets.Dataset.from_dict({"prompt_ids": ids, "prompt": list("abcd")})
@@ -185,6 +190,7 @@ def ppo_names(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> set[str]:
 def test_step_3_logs_what_its_glossary_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """ALGORITHM, "What is logged at each iteration": all of it, with every option on."""
     everything = ("step3.ppo.ptx_coef=0.1", "step3.ppo.kl_loss_coef=0.1")
+    everything += ("step3.rollout.engine=vllm", "step3.rollout.importance_cap=2")
     names = ppo_names(monkeypatch, *everything)
     assert sorted(names) == sorted(glossary("step3_ppo/README.md"))
     assert not names & set(RESERVED)
@@ -192,13 +198,14 @@ def test_step_3_logs_what_its_glossary_says(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_depends_on_options_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain PPO logs all but the optional terms; GRPO nothing of a critic."""
-    optional = {"ptx_loss", "kl_loss"}
+    of_vllm = {"sampler_gap", "sampler_gap_max", "importance_weight"}
+    optional = {"ptx_loss", "kl_loss"} | of_vllm
     of_critic = {"value_loss", "value_clip_fraction", "critic_grad_norm", "explained_variance"}
     everything = set(glossary("step3_ppo/README.md"))
     assert ppo_names(monkeypatch) == everything - optional
     group = ("step3.algorithm=grpo", "step3.rollout.samples_per_prompt=2")
     grpo = ppo_names(monkeypatch, *group, "step3.rollout.prompts=2")
-    assert grpo == everything - of_critic - {"ptx_loss"}
+    assert grpo == everything - of_critic - of_vllm - {"ptx_loss"}
 
 
 def test_the_glossaries_have_no_name_twice() -> None:
