@@ -91,7 +91,8 @@ def test_two_ranks_and_every_stage_train_alike(ranks: Path, stage: int) -> None:
     for theirs in found["stats"]:
         ours = sft_step(engine, help_.sft_batches(help_.sft_rows(), 8))
         assert theirs == pytest.approx(ours, abs=1e-6, rel=1e-6)
-    assert_equal(found["weights"], help_.weights(engine.module), atol=1e-6)
+    # At ZeRO-3 the head is called, elsewhere its product is part of the loss: other rounding.
+    assert_equal(found["weights"], help_.weights(engine.module), atol=1e-5 if stage == 3 else 1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

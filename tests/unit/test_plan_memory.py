@@ -208,7 +208,8 @@ CASES = [
 def test_activations_are_what_autograd_keeps(
     family: str, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    """Within 8%, of which the part outside the layers takes most in a model this small."""
+    """Within 8%, of which the part outside the layers takes most in a model this small; within 12%
+    in bf16, where attention by blocks keeps somewhat less than the planned kernel."""
     shape = shape_of({**read.tiny_config(family), "num_hidden_layers": 4, "n_layer": 4})
     if "kv" in changes:
         shape = replace(shape, kv_heads=2)
@@ -226,7 +227,7 @@ def test_activations_are_what_autograd_keeps(
         )
         assert planned == pytest.approx(measured, rel=0.35)  # 4 + 3 widths against 4 + 1
         return
-    assert planned == pytest.approx(measured, rel=0.08)
+    assert planned == pytest.approx(measured, rel=0.12 if dtype == torch.bfloat16 else 0.08)
 
 
 def total(config: RunConfig, step: int, ranks: Ranks) -> float:
