@@ -253,6 +253,12 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     for role in roles.values():
         resident += role.bytes.resident
     actor = roles["actor"]
+    if shares_base(config):
+        # Reference, reward model and critic read the policy's frozen weights; theirs are adapters.
+        others = (role for name, role in roles.items() if name != "actor")
+        resident += Parts(weights=-sum(role.whole for role in others))
+    if rl.rollout.engine == "vllm" and ranks.on_cpu:
+        resident += vllm_parts(actor, rl, 0, 0, on_cpu=True)  # on a GPU it sleeps meanwhile
     if rl.ppo.ema_decay:
         trained = actor.bytes.resident.optimizer / 12 if actor.engine.zero_stage else 0.0
         resident += Parts(optimizer=4.0 * (trained or actor.whole / actor.size))
@@ -268,7 +274,7 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     batch = Batch(together, prompt + answer, answer, padded=True)
     moments = {
         "load": _loading(list(roles.values()), ranks),
-        "generate": resident + generation(actor, rl, rows, prompt),
+        "generate": resident + _sampling(actor, rl, rows, prompt, on_cpu=ranks.on_cpu),
     }
     for name, role in roles.items():
         moments[f"score with {name}"] = resident + _reading(role, batch)
@@ -284,6 +290,35 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     copies = sum(role.whole for role in roles.values() if role.trains)
     moments["publish"] = resident + Parts(host=copies)
     return moments
+
+
+def shares_base(config: RunConfig) -> bool:
+    """Will the four models share one base, as far as settings tell (rlhf/models/shared.py)?"""
+    rl = config.step3
+    adapted = (rl.actor.model.lora.rank, rl.critic.model.lora.rank, config.step2.model.lora.rank)
+    sharded = 3 in (rl.actor.engine.zero_stage, rl.critic.engine.zero_stage,
+                    rl.reference_engine.zero_stage)  # fmt: skip
+    needed = all(adapted) and not sharded and config.step2.model.name is None
+    return rl.share_base is not False and needed and NEEDS_CRITIC[rl.algorithm]
+
+
+def _sampling(role: Role, rl: RLConfig, rows: int, prompt: int, *, on_cpu: bool) -> Parts:
+    """What answers prompts, beside what is resident."""
+    if rl.rollout.engine != "vllm":
+        return generation(role, rl, rows, prompt)
+    # On a CPU it is resident already; the weights are gathered to be pushed.
+    return role.bytes.whole + (
+        Parts() if on_cpu else vllm_parts(role, rl, rows, prompt, on_cpu=False)
+    )
+
+
+def vllm_parts(role: Role, rl: RLConfig, rows: int, prompt: int, *, on_cpu: bool) -> Parts:
+    """vLLM's own weights and cache. On a CPU its cache is a fixed 1 GB (rlhf/rollout/vllm.py); on a
+    GPU this is the least that it needs: it takes the share of the device that it was given."""
+    rollout = rl.rollout
+    columns = min(rollout.batch_size, rows) * (prompt + rollout.max_new_tokens)
+    cache = 2.0 * role.shape.layers * role.shape.kv_width * role.size * columns
+    return Parts(weights=role.whole, kv_cache=float(2**30) if on_cpu else cache)
 
 
 def generation(role: Role, rl: RLConfig, rows: int, prompt: int) -> Parts:

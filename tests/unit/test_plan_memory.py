@@ -316,3 +316,43 @@ def test_a_limit_on_tokens_is_a_smaller_micro_batch() -> None:
     single = load_config(None, {"step3.micro_batch_size": 1})
     at = [step_memory(c, 3, Shapes(OPT, OPT), GPU).moments["actor backward"] for c in (one, single)]
     assert at[0] == at[1]
+
+
+def test_one_base_is_planned_without_three_copies() -> None:
+    """With adapters everywhere, reference, reward model and critic keep no base of their own."""
+    lora = {f"{place}.lora.rank": 4
+            for place in ("step2.model", "step3.actor.model", "step3.critic.model")}  # fmt: skip
+    ranks = Ranks(1, True, 1)
+    shared, own = (
+        step_memory(
+            load_config(None, {**lora, "step3.share_base": choice}), 3, Shapes(OPT, OPT), ranks
+        )
+        for choice in ("auto", False)
+    )
+    saved = own.moments["generate"].weights - shared.moments["generate"].weights
+    assert saved == 4.0 * (OPT.causal + 2 * OPT.scalar)
+    full = step_memory(load_config(None), 3, Shapes(OPT, OPT), ranks)
+    alone = step_memory(load_config(None, {"step3.share_base": False}), 3, Shapes(OPT, OPT), ranks)
+    assert full.peak == alone.peak, "nothing is shared without adapters"
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_vllm_has_weights_and_a_cache_of_its_own(on_cpu: bool) -> None:
+    """On a CPU always, 1 GB of cache; on a GPU while it answers, for the rows at once."""
+    ranks = Ranks(1, on_cpu, 1)
+    settings = {
+        "step3.rollout.engine": "vllm", "step3.rollout.batch_size": 8,
+        "step3.rollout.max_prompt_length": 100, "step3.rollout.max_new_tokens": 28,
+    }  # fmt: skip
+    found = step_memory(load_config(None, settings), 3, Shapes(OPT, OPT), ranks)
+    size = 4 if on_cpu else 2
+    cache = 2**30 if on_cpu else 2 * OPT.layers * OPT.kv_width * size * 8 * 128
+    assert found.moments["generate"].kv_cache == cache
+    scored = found.moments["score with reference"]
+    assert scored.kv_cache == (2**30 if on_cpu else 0)
+    plain = step_memory(
+        load_config(None, {**settings, "step3.rollout.engine": "continuous"}),
+        3, Shapes(OPT, OPT), ranks,
+    )  # fmt: skip
+    more = scored.weights - plain.moments["score with reference"].weights
+    assert more == (size * OPT.causal if on_cpu else 0)
