@@ -193,7 +193,8 @@ def soak(root: Path, ranks: int, zero: int, kills: int, seed: int) -> dict[str, 
             if left <= 0:
                 break
             if share:
-                (root / "soaked" / STEP_DIRS[step] / "artifact").rename(root / f"first{step}")
+                done = root / "soaked" / STEP_DIRS[step] / "artifact"
+                done.rename(root / f"first{step}-{share}")
             soaked.torment(step, left)
         soaked.finish("soaked", step)
     wrong = soaked.differences()
