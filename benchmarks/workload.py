@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,8 +220,8 @@ class OurPPO:
     def iteration(self) -> dict[str, float]:
         """One PPO iteration. Returns CPU seconds of each phase, and the iteration's figures."""
         from rlhf.algo.algorithms import ALGORITHMS
-        from step3_ppo.experience import credit, generate, score
-        from step3_ppo.update import update
+        from step3_ppo.experience import credit, generate, reward, score
+        from step3_ppo.update import first_critic_step, update
 
         settings, roles = self.settings, self.roles
         budget = Budget(settings.micro_batch_size, settings.micro_batch_tokens)
@@ -229,19 +229,27 @@ class OurPPO:
         with roles.actor.evaluating():
             rollout = generate(self.sampler, self.prompts, settings.rollout)
         sampled = time.process_time()
-        rollout = score(roles, rollout, 1.0, budget, settings.ppo.old_log_probs)
-        rollout, stats = credit(
-            rollout, ALGORITHMS["ppo"], settings.ppo, self.controller, (0.0, 1.0), 1
-        )
+        ppo, algorithm = settings.ppo, ALGORITHMS["ppo"]
+        rollout = score(roles, rollout, 1.0, budget, ppo.old_log_probs, values=False)
+        rollout, stats = reward(rollout, algorithm, ppo, self.controller, (0.0, 1.0))
         scored = time.process_time()
+        first = first_critic_step(
+            roles.critic,
+            rollout,
+            ppo,
+            budget,
+            lambda batch: credit(batch, algorithm, ppo, 1, whiten=False).need("returns"),
+        )
+        rollout = credit(replace(rollout, values=first.values), algorithm, ppo, 1)
         stats |= update(
             roles.actor,
             roles.critic,
             rollout,
-            settings.ppo,
+            ppo,
             temperature=1.0,
             micro_batch_size=budget,
             seed=self.iterations,
+            began=first,
         )
         updated = time.process_time()
         self.iterations += 1

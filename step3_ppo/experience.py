@@ -1,4 +1,4 @@
-"""Acts 1-4 of an iteration: generate, score, reward, advantages. Numbers as in README.md."""
+"""Acts 1-4 of an iteration: generate, score, reward, credit. Numbers as in README.md."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def score(
     temperature: float,
     size: int | Budget,
     old_log_probs: str = "auto",
+    values: bool = True,
 ) -> Rollout:
-    """2. Reward, reference log-probs, old log-probs and old values, without gradients.
+    """2. Reward, reference log-probs, old log-probs and, with `values`, old values; no gradients.
 
     Old log-probs (`auto`) come from the rollout where it computed them as the update does: in fp32.
     In 16 bits decoding rounds differently from a whole forward: the ratio would not start at 1.
@@ -77,23 +78,22 @@ def score(
                 old = rollout.map(lambda r: policy_log_probs(roles.actor, r, temperature), size)
         reference = rollout.map(lambda r: policy_log_probs(roles.reference, r, temperature), size)
         raw = rollout.map(lambda r: answer_scores(roles.reward, r), size)
-        values = None
-        if roles.critic is not None:
+        old_values = None
+        if roles.critic is not None and values:
             critic = roles.critic
             with critic.evaluating():
-                values = rollout.map(lambda r: answer_values(critic, r), size)
-    return replace(rollout, log_probs=old, ref_log_probs=reference, scores=raw, values=values)
+                old_values = rollout.map(lambda r: answer_values(critic, r), size)
+    return replace(rollout, log_probs=old, ref_log_probs=reference, scores=raw, values=old_values)
 
 
-def credit(
+def reward(
     rollout: Rollout,
     algorithm: Algorithm,
     settings: PPOConfig,
     controller: KLController,
     statistics: tuple[float, float],
-    group_size: int,
 ) -> tuple[Rollout, dict[str, float]]:
-    """3. Rewards of tokens, and 4. advantages; with what is worth logging, over all ranks."""
+    """3. Rewards of tokens; with what is worth logging, over all ranks."""
     scores, old = rollout.need("scores"), rollout.need("log_probs")
     reference = rollout.need("ref_log_probs")
     mean, std = statistics if settings.normalize_score else (0.0, 1.0)
@@ -106,18 +106,6 @@ def credit(
         rollout.answer_mask,
         controller.coef if algorithm.kl_in_reward else 0.0,
         settings.kl_estimator,
-    )
-    advantages, returns = algorithm.credit(
-        token_rewards=rewards,
-        values=rollout.values,
-        mask=rollout.answer_mask,
-        scores=shaped,
-        group_size=group_size,
-        gamma=settings.gamma,
-        lam=settings.lam,
-        whiten=settings.whiten_advantages,
-        group_std=settings.group_std,
-        all_reduce=comm.all_reduce,
     )
     log_ratio = (old - reference) * rollout.answer_mask
     raw = scores.double()
@@ -149,7 +137,31 @@ def credit(
         "tokens": tokens,
     }
     controller.update(stats["kl_per_answer"], int(answers))
-    return replace(rollout, advantages=advantages, returns=returns), stats
+    return replace(rollout, shaped_scores=shaped, token_rewards=rewards), stats
+
+
+def credit(
+    rollout: Rollout,
+    algorithm: Algorithm,
+    settings: PPOConfig,
+    group_size: int,
+    *,
+    whiten: bool | None = None,
+) -> Rollout:
+    """4. Advantages and returns. Collective, unless `whiten` is False (unset: the setting)."""
+    advantages, returns = algorithm.credit(
+        token_rewards=rollout.need("token_rewards"),
+        values=rollout.values,
+        mask=rollout.answer_mask,
+        scores=rollout.need("shaped_scores"),
+        group_size=group_size,
+        gamma=settings.gamma,
+        lam=settings.lam,
+        whiten=settings.whiten_advantages if whiten is None else whiten,
+        group_std=settings.group_std,
+        all_reduce=comm.all_reduce,
+    )
+    return replace(rollout, advantages=advantages, returns=returns)
 
 
 def correct_sampler(rollout: Rollout, cap: float | None) -> tuple[Rollout, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,11 +25,12 @@ from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout
 from step3_ppo.conclude import conclude
 from step3_ppo.evaluate import answer_ids
-from step3_ppo.experience import Clock, correct_sampler, credit, generate, score
+from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
 from step3_ppo.health import check_finite, check_kl
 from step3_ppo.parents import check_tokenizers
 from step3_ppo.roles import Roles, load_roles
-from step3_ppo.update import PtxBatches, update, value_quality
+from step3_ppo.rollout import Rollout
+from step3_ppo.update import PtxBatches, first_critic_step, update, value_quality
 
 
 def main(run: StepRun) -> None:
@@ -192,7 +193,7 @@ class Trainer:
     def iterate(self) -> Iterator[dict[str, float]]:
         """All iterations that are left; yields each one's figures (metric glossary: README.md)."""
         settings = self.run.config.step3
-        rollout_settings, ppo = settings.rollout, settings.ppo
+        rollout_settings, ppo, critic = settings.rollout, settings.ppo, self.roles.critic
         size = data.Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         for prompts in itertools.islice(self._prompt_batches(), self.iterations - self.iteration):
             clock = Clock()
@@ -200,30 +201,32 @@ class Trainer:
             with self.roles.actor.evaluating():
                 rollout = generate(self.sampler, prompts, rollout_settings)
             clock.lap("rollout")
-            # 2. Reward model, reference and critic read prompt + answer.
+            # 2. Reward model, reference and critic read prompt + answer; where the critic's first
+            # step takes in the whole rollout, its forward is this reading.
+            reads_first = critic is None or ppo.minibatches > 1
             rollout = score(
-                self.roles, rollout, rollout_settings.temperature, size, ppo.old_log_probs
-            )
+                self.roles, rollout, rollout_settings.temperature, size, ppo.old_log_probs,
+                values=reads_first,
+            )  # fmt: skip
             check_finite(rollout)
-            # 3. Rewards of tokens. 4. Advantages and returns.
-            rollout, stats = credit(
-                rollout,
-                self.algorithm,
-                ppo,
-                self.controller,
-                self.statistics,
-                rollout_settings.samples_per_prompt,
-            )
+            # 3. Rewards of tokens.
+            rollout, stats = reward(rollout, self.algorithm, ppo, self.controller, self.statistics)
             check_kl(rollout, stats["kl_per_token"], ppo.max_kl)
+            clock.lap("score")
+            # 4. Advantages and returns.
+            began = None
+            if critic is not None and not reads_first:
+                began = first_critic_step(critic, rollout, ppo, size, self._returns)
+                rollout = replace(rollout, values=began.values)
+            rollout = credit(rollout, self.algorithm, ppo, rollout_settings.samples_per_prompt)
             rollout, gap = correct_sampler(rollout, rollout_settings.importance_cap)
             stats |= gap
             stats |= value_quality(rollout)
-            clock.lap("score")
             # 5. PPO epochs.
             stats["actor_lr"] = self.roles.actor.learning_rate
             stats |= update(
                 self.roles.actor,
-                self.roles.critic,
+                critic,
                 rollout,
                 ppo,
                 temperature=rollout_settings.temperature,
@@ -233,12 +236,18 @@ class Trainer:
                 kl_loss_coef=self._kl_loss_coef(),
                 ptx=self.ptx,
                 after_step=self.ema.update if self.ema else None,
+                began=began,
             )
             self.sampler.sync_weights(self.iteration)
             clock.lap("update")
             stats["distinct_2"] = distinct_2(comm.gather_lists(answer_ids(rollout)))
             self.iteration += 1
             yield stats | self._speed(clock, stats["tokens"])
+
+    def _returns(self, batch: Rollout) -> torch.Tensor:
+        """Of rows with values and token rewards: (n, A)."""
+        ppo = self.run.config.step3.ppo
+        return credit(batch, self.algorithm, ppo, 1, whiten=False).need("returns")
 
     def _kl_loss_coef(self) -> float:
         """Algorithms without KL in the reward have it in the loss (22, 37)."""

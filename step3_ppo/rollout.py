@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -30,6 +30,8 @@ class Rollout:
     ref_log_probs: Tensor | None = None  # (N, A) fp32
     values: Tensor | None = None  # (N, A) fp32, before each token
     scores: Tensor | None = None  # (N,) fp32, raw: neither normalised nor clipped
+    shaped_scores: Tensor | None = None  # (N,) fp32, normalised, clipped, less a missing EOS
+    token_rewards: Tensor | None = None  # (N, A) fp32
     advantages: Tensor | None = None  # (N, A) fp32
     returns: Tensor | None = None  # (N, A) fp32
 
@@ -105,15 +107,16 @@ class Rollout:
         `compute` gives (n,) or (n, a) with a <= A; missing columns are filled with 0.
         """
         everything = torch.arange(len(self), device=self.input_ids.device)
-        result: Tensor | None = None
-        for index in self.micro_batches(everything, size):
-            part = compute(self.rows(index))
-            if result is None:
-                shape = (len(self),) if part.dim() == 1 else tuple(self.answer_mask.shape)
-                result = part.new_zeros(shape)
+        groups = self.micro_batches(everything, size)
+        return self.assembled(groups, [compute(self.rows(index)) for index in groups])
+
+    def assembled(self, groups: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+        """Parts (n,) or (n, a) of `micro_batches` of all rows, in the order of the rows."""
+        shape = (len(self),) if parts[0].dim() == 1 else tuple(self.answer_mask.shape)
+        result = parts[0].new_zeros(shape)
+        for index, part in zip(groups, parts, strict=True):
             if part.dim() == 1:
                 result[index] = part
             else:
                 result[index, : part.shape[1]] = part
-        assert result is not None  # a rollout has at least one row
         return result

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,44 @@ class PtxBatches:
     coef: float
 
 
+@dataclass(frozen=True)
+class FirstCriticStep:
+    """An optimiser step of the critic over a whole rollout, and what its forward read."""
+
+    values: torch.Tensor  # (N, A) fp32, from before the step
+    totals: Totals
+    grad_norm: float
+
+
+def first_critic_step(
+    critic: TrainEngine,
+    rollout: Rollout,
+    settings: PPOConfig,
+    micro_batch_size: int | Budget,
+    returns_of: Callable[[Rollout], torch.Tensor],
+) -> FirstCriticStep:
+    """The critic's first step of an iteration, where it takes in the whole rollout.
+
+    Its forward gives the old values, so the critic does not read the rollout once more for them.
+    `returns_of` a micro-batch with values gives (n, A) returns: they depend on a row's own values
+    alone.
+    """
+    totals, parts = Totals(), []
+
+    def loss_of(batch: Rollout) -> torch.Tensor:
+        values = answer_values(critic, batch)
+        parts.append(values.detach())
+        read = replace(batch, values=parts[-1])
+        return _critic_loss(values, replace(read, returns=returns_of(read)), settings, totals)
+
+    everything = torch.arange(len(rollout), device=rollout.input_ids.device)
+    groups = rollout.micro_batches(everything, micro_batch_size)
+    batches = [rollout.rows(index) for index in groups]
+    tokens = _counted_tokens(batches)
+    norm = critic.step(batches, lambda batch: loss_of(batch) / tokens)
+    return FirstCriticStep(rollout.assembled(groups, parts), totals, norm)
+
+
 def update(
     actor: TrainEngine,
     critic: TrainEngine | None,
@@ -66,27 +104,30 @@ def update(
     kl_loss_coef: float = 0.0,
     ptx: PtxBatches | None = None,
     after_step: Any = None,
+    began: FirstCriticStep | None = None,
 ) -> dict[str, float]:
     """PPO epochs over minibatches of one rollout, for actor and critic.
 
-    Every loss is divided by the number of counted tokens of the optimiser step over all ranks (30).
-    `after_step()` runs after each actor step (EMA). Returns means over the iteration and, as
-    `first_ratio_error` and `first_approx_kl`, how far the first minibatch was from ratio 1 (20).
+    `began` is the critic's first step, where it has been taken already. Every loss is divided by
+    the number of counted tokens of the optimiser step over all ranks (30). `after_step()` runs
+    after each actor step (EMA). Returns means over the iteration and, as `first_ratio_error` and
+    `first_approx_kl`, how far the first minibatch was from ratio 1 (20).
     """
     generator = torch.Generator().manual_seed(seed)
     actor_totals, critic_totals = Totals(), Totals()
     first: dict[str, float] = {}
     norms: dict[str, float] = {}
     stopped, steps = not train_actor, 0
-    for _ in range(settings.epochs):
+    if began is not None:
+        critic_totals, norms["critic_grad_norm"] = began.totals, began.grad_norm
+    for epoch in range(settings.epochs):
         # 31. A new permutation for each PPO epoch.
         order = torch.randperm(len(rollout), generator=generator).to(rollout.input_ids.device)
         for minibatch in order.tensor_split(settings.minibatches):
             groups = rollout.micro_batches(minibatch, micro_batch_size)
             batches = [rollout.rows(index) for index in groups]
-            tokens = sum(float(batch.answer_mask.sum()) for batch in batches)
-            tokens = max(comm.sum_over_ranks({"tokens": tokens})["tokens"], 1.0)
-            if critic is not None:
+            tokens = _counted_tokens(batches)
+            if critic is not None and (began is None or epoch):
                 norms["critic_grad_norm"] = critic_step(
                     critic, batches, tokens, settings, critic_totals
                 )
@@ -113,6 +154,12 @@ def update(
     planned = settings.epochs * settings.minibatches
     result["skipped_updates"] = float(planned - steps if train_actor else 0)
     return result
+
+
+def _counted_tokens(batches: Sequence[Rollout]) -> float:
+    """Answer tokens of an optimiser step, over all ranks."""
+    mine = sum(float(batch.answer_mask.sum()) for batch in batches)
+    return max(comm.sum_over_ranks({"tokens": mine})["tokens"], 1.0)
 
 
 def actor_step(
@@ -184,15 +231,20 @@ def critic_step(
     """One optimiser step of the value model; returns the gradient norm."""
 
     def loss_of(batch: Rollout) -> torch.Tensor:
-        values = answer_values(critic, batch)
-        mask = batch.answer_mask
-        loss, stats = value_loss(
-            values, batch.need("values"), batch.need("returns"), mask, settings.value_clip
-        )
-        totals.add(stats | {"value_loss": loss.detach()})
-        return loss / tokens
+        return _critic_loss(answer_values(critic, batch), batch, settings, totals) / tokens
 
     return critic.step(batches, loss_of)
+
+
+def _critic_loss(
+    values: torch.Tensor, batch: Rollout, settings: PPOConfig, totals: Totals
+) -> torch.Tensor:
+    """The sum over the micro-batch's tokens."""
+    loss, stats = value_loss(
+        values, batch.need("values"), batch.need("returns"), batch.answer_mask, settings.value_clip
+    )
+    totals.add(stats | {"value_loss": loss.detach()})
+    return loss
 
 
 def value_quality(rollout: Rollout) -> dict[str, float]:

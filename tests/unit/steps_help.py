@@ -46,6 +46,8 @@ def scored_rollout(**sizes: Any) -> Any:  # a Rollout, none of whose fields is N
         ref_log_probs=(old + draw(0.1)) * rollout.answer_mask,
         values=draw(0.5),
         scores=torch.randn(shape[0], generator=g),
+        shaped_scores=torch.randn(shape[0], generator=torch.Generator().manual_seed(8)),
+        token_rewards=0.1 * rollout.answer_mask,
         advantages=draw(1.0),
         returns=draw(1.0),
     )

@@ -26,6 +26,7 @@ from step3_ppo.experience import (
     credit,
     generate,
     policy_log_probs,
+    reward,
     score,
 )
 from step3_ppo.roles import Roles
@@ -178,6 +179,7 @@ def test_score_reads_all_four_models() -> None:
     expected = answer_values(models_.reward, rollout)
     torch.testing.assert_close(scored.values, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scored.scores, answer_scores(models_.reward, rollout))
+    assert score(models_, rollout, 0.8, 2, values=False).values is None
     recomputed = score(roles(critic=False, actor_dtype="bfloat16"), rollout, 0.8, 3)
     assert recomputed.log_probs is not rollout.log_probs, "16 bits: a whole forward"
     assert recomputed.values is None
@@ -198,13 +200,18 @@ def hand_rollout() -> Any:
     )
 
 
+def rewarded(settings: Any, name: str = "ppo", controller: Any = None, statistics=(0.0, 1.0)):  # type: ignore[no-untyped-def]
+    return reward(
+        hand_rollout(), ALGORITHMS[name], settings, controller or FixedKL(0.1), statistics
+    )
+
+
 def test_credit_by_hand() -> None:
     """10, 17, 21, 23, 25, 26: normalise, clip at 5, take off 1 without EOS, then the KL per token
     and the score on the last; GAE with gamma 1, lambda 0.5; returns before whitening."""
     plain = ppo_settings(kl_coef=0.1, lam=0.5, whiten_advantages=False)
-    rollout, stats = credit(
-        hand_rollout(), ALGORITHMS["ppo"], plain, FixedKL(0.1), (2.0, 4.0), group_size=1
-    )
+    rollout, stats = rewarded(plain, statistics=(2.0, 4.0))
+    rollout = credit(rollout, ALGORITHMS["ppo"], plain, group_size=1)
     # (30 - 2) / 4 = 7 -> 5; (1 - 2) / 4 = -0.25 -> -1.25.
     # rewards: [-0.1 * 0.5, -0.1 * -1 + 5] = [-0.05, 5.1]; [-0.1 * -0.25 - 1.25] = [-1.225]
     # delta: [-0.05 + 0.25 - 0.5, 5.1 - 0.25] = [-0.3, 4.85]; [-1.225 - 1] = [-2.225]
@@ -246,13 +253,12 @@ def test_another_sampler_is_corrected_and_its_gap_told() -> None:
 
 def test_credit_whitens() -> None:
     """27: mean 0 and variance 1 over the counted tokens; the returns are not whitened (26)."""
-    plain, _ = credit(
-        hand_rollout(), ALGORITHMS["ppo"], ppo_settings(whiten_advantages=False), FixedKL(0.1),
-        (0.0, 1.0), 1,
-    )  # fmt: skip
-    white, _ = credit(
-        hand_rollout(), ALGORITHMS["ppo"], ppo_settings(), FixedKL(0.1), (0.0, 1.0), 1
-    )
+    off, ppo = ppo_settings(whiten_advantages=False), ALGORITHMS["ppo"]
+    rollout, _ = rewarded(off)
+    plain = credit(rollout, ppo, off, 1)
+    white = credit(rollout, ppo, ppo_settings(), 1)
+    assert torch.equal(credit(rollout, ppo, ppo_settings(), 1, whiten=False).advantages,
+                       plain.advantages)  # fmt: skip
     assert white.advantages is not None
     counted = white.advantages[white.answer_mask]
     assert counted.mean().item() == pytest.approx(0, abs=1e-6)
@@ -263,7 +269,7 @@ def test_credit_whitens() -> None:
 def test_credit_moves_the_controller_after_use() -> None:
     """24: the coefficient that was used is logged; the next one follows the KL seen."""
     controller = AdaptiveKL(0.1, target=1.0, horizon=10.0)
-    _, stats = credit(hand_rollout(), ALGORITHMS["ppo"], ppo_settings(), controller, (0.0, 1.0), 1)
+    _, stats = rewarded(ppo_settings(), controller=controller)
     assert stats["kl_coef"] == 0.1
     assert controller.coef == pytest.approx(0.1 * (1 - 0.2 * 2 / 10))
 
@@ -271,18 +277,19 @@ def test_credit_moves_the_controller_after_use() -> None:
 def test_kl_as_a_loss_is_not_in_the_reward() -> None:
     """22, 37: for GRPO the coefficient does not touch the advantages."""
     advantages = [
-        credit(hand_rollout(), ALGORITHMS["grpo"], ppo_settings(), FixedKL(coef), (0.0, 1.0), 2)[
-            0
-        ].advantages
+        credit(
+            rewarded(ppo_settings(), "grpo", FixedKL(coef))[0],
+            ALGORITHMS["grpo"],
+            ppo_settings(),
+            2,
+        ).advantages
         for coef in (0.0, 9.0)
     ]
     assert torch.equal(advantages[0], advantages[1])
 
 
 def test_normalisation_can_be_turned_off() -> None:
-    _, stats = credit(
-        hand_rollout(), ALGORITHMS["ppo"], ppo_settings(normalize_score=False, score_clip=100.0),
-        FixedKL(0.0), (2.0, 4.0), 1,
-    )  # fmt: skip
+    settings = ppo_settings(normalize_score=False, score_clip=100.0)
+    _, stats = rewarded(settings, controller=FixedKL(0.0), statistics=(2.0, 4.0))
     assert stats["reward_mean"] == pytest.approx((30 + 1 - 1) / 2)
     assert SimpleNamespace(**stats).score_normalised == pytest.approx(15.5)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rlhf import data
+from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.config.schema import PPOConfig
 from rlhf.data.plan import Budget
 from step3_ppo import update as update_module
-from step3_ppo.experience import answer_values, policy_log_probs
+from step3_ppo.experience import answer_values, credit, policy_log_probs
 from step3_ppo.rollout import Rollout
-from step3_ppo.update import PtxBatches, update, value_quality
+from step3_ppo.update import PtxBatches, first_critic_step, update, value_quality
 from tests.unit import model_help as help_
 from tests.unit.steps_help import ppo_settings, scored_rollout
 from tests.unit.test_steps_rollout import roles, sample
@@ -120,6 +121,40 @@ def test_micro_batches_change_nothing(size: int | Budget) -> None:
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4, rel=1e-4)
     for engine in (1, 2):
         ours, theirs = (help_.weights(one[engine].module) for one in found)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("size", [2, 6, Budget(6, 20)])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_critic_reads_and_steps_at_once(size: int | Budget, epochs: int) -> None:
+    """25, 29, 30: where one step takes in the whole rollout, its forward gives the old values: the
+    same values, figures and weights as a reading of its own and a step after it."""
+    settings = ppo_settings(epochs=epochs)
+    ppo, bare = ALGORITHMS["ppo"], replace(scored_rollout(), values=None, returns=None)
+    filled = replace(bare, token_rewards=bare.answer_mask * 0.3, shaped_scores=bare.scores)
+
+    def returns_of(batch: Rollout) -> Any:
+        return credit(batch, ppo, settings, 1, whiten=False).returns
+
+    actor, critic = engines()
+    first = first_critic_step(critic, filled, settings, size, returns_of)
+    credited = credit(replace(filled, values=first.values), ppo, settings, 1)
+    options: dict[str, Any] = {"temperature": 1.0, "micro_batch_size": size, "seed": 3}
+    stats = update(actor, critic, credited, settings, began=first, **options)
+
+    other_actor, other = engines()
+    with other.evaluating():
+        values = answer_values(other, filled)
+    torch.testing.assert_close(first.values, values, atol=1e-5, rtol=1e-5)
+    apart = credit(replace(filled, values=values), ppo, settings, 1)
+    torch.testing.assert_close(credited.returns, apart.returns, atol=1e-5, rtol=1e-5)
+    expected = update(other_actor, other, apart, settings, **options)
+    assert stats == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    start = help_.weights(engines()[1].module)
+    assert any(not torch.equal(start[n], w) for n, w in help_.weights(critic.module).items())
+    for one, two in ((critic, other), (actor, other_actor)):
+        ours, theirs = help_.weights(one.module), help_.weights(two.module)
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0, msg=name)
 
