@@ -215,7 +215,9 @@ def reward_step(
     sums = {"loss": 0.0, "correct": 0.0, "margin": 0.0}
 
     def loss_of(batch: PairBatch) -> torch.Tensor:
-        values = engine(batch.input_ids, batch.attention_mask)
+        mask = batch.attention_mask
+        read = models.last_tokens(mask) if loss_kind == "last" else None
+        values = engine(batch.input_ids, mask, read)
         loss, stats = _loss(values, batch, loss_kind, margin)
         sums["loss"] += float(loss.detach())
         sums["correct"] += float(stats["correct"])
@@ -263,8 +265,9 @@ def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> di
         for index in plan:
             rows = dataset.select(index).to_list()
             batch = data.collate_pairs(rows, pad_id).to(engine.device)
-            values = engine(batch.input_ids, batch.attention_mask)
-            chosen, rejected = models.last_values(values, batch.attention_mask).chunk(2)
+            mask = batch.attention_mask
+            values = engine(batch.input_ids, mask, models.last_tokens(mask))
+            chosen, rejected = models.last_values(values, mask).chunk(2)
             for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=False):
                 found.append((c, r, len(row["chosen_ids"]), len(row["rejected_ids"])))
     found = comm.gather_lists(found)

@@ -18,7 +18,7 @@ from rlhf.data.batches import PromptBatch
 from rlhf.data.plan import Budget
 from rlhf.engine import comm
 from rlhf.engine.memory import peak_since_last
-from rlhf.models import last_values
+from rlhf.models import last_tokens, last_values
 from rlhf.rollout import RolloutRequest, SamplingConfig
 from step3_ppo.roles import Roles
 from step3_ppo.rollout import Rollout
@@ -47,14 +47,16 @@ def policy_log_probs(engine: Any, rollout: Rollout, temperature: float) -> Tenso
 
 def answer_values(engine: Any, rollout: Rollout) -> Tensor:
     """(N, A) fp32 values before each answer token: the slice start - 1 : end - 1 (25)."""
-    raw = engine(rollout.input_ids, rollout.attention_mask)
+    read = torch.nn.functional.pad(rollout.answer_mask, (rollout.prompt_width - 1, 1))
+    raw = engine(rollout.input_ids, rollout.attention_mask, read)
     values = engine.module.normalize(raw)
     return values[:, rollout.prompt_width - 1 : -1] * rollout.answer_mask
 
 
 def answer_scores(engine: Any, rollout: Rollout) -> Tensor:
     """(N,) fp32 raw scores: the reward model's value at the last answer token (6)."""
-    return last_values(engine(rollout.input_ids, rollout.attention_mask), rollout.attention_mask)
+    mask = rollout.attention_mask
+    return last_values(engine(rollout.input_ids, mask, last_tokens(mask)), mask)
 
 
 def score(

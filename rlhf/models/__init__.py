@@ -4,7 +4,7 @@ from rlhf.models.causal import CausalModel, load_causal
 from rlhf.models.info import check_positions, describe
 from rlhf.models.loading import choose_dtype
 from rlhf.models.save import Snapshot, model_card
-from rlhf.models.scalar import ScalarModel, last_values, load_scalar
+from rlhf.models.scalar import ScalarModel, last_tokens, last_values, load_scalar
 from rlhf.models.shared import share, why_not_shared
 from rlhf.models.spec import materialise
 from rlhf.models.tokenizer import fingerprint, load_tokenizer
@@ -17,6 +17,7 @@ __all__ = [
     "choose_dtype",
     "describe",
     "fingerprint",
+    "last_tokens",
     "last_values",
     "load_causal",
     "load_scalar",

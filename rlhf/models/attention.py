@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.needed import FIRST_QUERY
+
 NAME = "rlhf_blocks"
 QUERY_BLOCK = 64  # queries scored at once
 BLOCK_SCORES = 1 << 20  # scores of a block, over the batch rows and heads that it takes in
@@ -32,18 +34,26 @@ class BlockAttention(torch.autograd.Function):
     """softmax(scale q k' + mask) v by blocks.
 
     q (B, H, T, D); k, v (B, G, T, D), H a multiple of G; bias None (causal) or (B, 1, T, T) of q's
-    dtype, 0 or very negative. Returns (B, H, T, D).
+    dtype, 0 or very negative; queries before column `first` are left out: their output is 0.
+    Returns (B, H, T, D).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        first: int = 0,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
-        ctx.scale = scale
+        ctx.scale, ctx.first = scale, first
         # In the layout that the caller flattens next: (B, T, H, D).
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
-        for rows, queries in _blocks(q, k):
+        out[:, :first] = 0
+        for rows, queries in _blocks(q, first):
             part_q, part_k, part_v = _cut(q, k, v, rows, queries)
             weights = _weights(part_q, part_k, bias, scale, rows, queries)
             result = torch.bmm(weights, part_v)
@@ -57,8 +67,9 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, bias = ctx.saved_tensors
         (grad,) = grads
         grad_q = torch.empty_like(q)
+        grad_q[:, :, : ctx.first] = 0
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-        for rows, queries in _blocks(q, k):
+        for rows, queries in _blocks(q, ctx.first):
             part_q, part_k, part_v = _cut(q, k, v, rows, queries)
             part_grad = _grouped(grad[rows, :, queries], k.shape[1])
             weights = _weights(part_q, part_k, bias, ctx.scale, rows, queries)
@@ -72,13 +83,13 @@ class BlockAttention(torch.autograd.Function):
                 torch.bmm(slope, part_k), grad_q[rows, :, queries]
             )
             grad_k[rows, :, keys] += torch.bmm(slope.transpose(1, 2), part_q).view(shape)
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Batch rows and queries of each block."""
+def _blocks(q: Tensor, first: int) -> Iterator[tuple[slice, slice]]:
+    """Batch rows and queries of each block, queries from `first` on."""
     batch, heads, length, _ = q.shape
-    for start in range(0, length, QUERY_BLOCK):
+    for start in range(first, length, QUERY_BLOCK):
         queries = slice(start, min(start + QUERY_BLOCK, length))
         scores = heads * (queries.stop - start) * queries.stop
         step = max(1, BLOCK_SCORES // scores)
@@ -151,7 +162,8 @@ def block_attention(
         bias = torch.zeros(attention_mask.shape, dtype=query.dtype)
         bias.masked_fill_(~attention_mask, LOWEST)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return BlockAttention.apply(query, key, value, bias, scale).transpose(1, 2), None
+    first = getattr(module, FIRST_QUERY, 0)
+    return BlockAttention.apply(query, key, value, bias, scale, first).transpose(1, 2), None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from rlhf.models.loading import (
     load_arguments,
     refuse_kernels,
 )
+from rlhf.models.needed import only_needed
 
 HEAD_CHUNK = CHUNK  # token rows of logits alive at once: 256 x 50k x 4 bytes = 51 MB
 
@@ -36,18 +37,23 @@ def packs(config: Any) -> bool:
 
 
 def packed_hidden(
-    decoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    decoder: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    read: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, T, D) last hidden states, 0 on pads, from one row of the real tokens alone.
 
     transformers sees where rows begin by position ids that start at 0 again.
     """
-    found = decoder(
-        input_ids=input_ids[attention_mask].unsqueeze(0),
-        attention_mask=None,
-        position_ids=positions(attention_mask)[attention_mask].unsqueeze(0),
-        use_cache=False,
-    ).last_hidden_state[0]
+    real = attention_mask[attention_mask].unsqueeze(0)
+    with only_needed(decoder, real, None if read is None else read[attention_mask].unsqueeze(0)):
+        found = decoder(
+            input_ids=input_ids[attention_mask].unsqueeze(0),
+            attention_mask=None,
+            position_ids=positions(attention_mask)[attention_mask].unsqueeze(0),
+            use_cache=False,
+        ).last_hidden_state[0]
     whole = found.new_zeros(*input_ids.shape, found.shape[-1])
     return whole.masked_scatter(attention_mask.unsqueeze(-1), found)
 
@@ -63,17 +69,25 @@ class Backbone(torch.nn.Module):
     def config(self) -> Any:
         return plain(self.model).config
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and bool mask -> (B, T, D) last hidden states."""
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        read: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, T) ids and bool mask -> (B, T, D) last hidden states.
+
+        Where `read` (B, T) bool, part of the mask, is False, they may be anything finite.
+        """
         decoder = plain(self.model).base_model
         extra = {}
         if takes_position_ids(decoder):
             extra["position_ids"] = positions(attention_mask)
         if extra and packs(decoder.config) and not attention_mask.all():
-            return packed_hidden(decoder, input_ids, attention_mask)
+            return packed_hidden(decoder, input_ids, attention_mask, read)
         # Without padding the mask says nothing, and attention kernels are faster without it.
         mask = None if attention_mask.all() else attention_mask.long()
-        with fast_attention(decoder):
+        with fast_attention(decoder), only_needed(decoder, attention_mask, read):
             return decoder(
                 input_ids=input_ids, attention_mask=mask, use_cache=False, **extra
             ).last_hidden_state
@@ -106,10 +120,13 @@ class CausalModel(Backbone):
             With `token_loss`: the scalar fp32 loss, and None.
         """
         head = self._simple_head() if token_loss is not None else None
+        counted = score_mask[:, 1:]
+        hidden = self.hidden(
+            input_ids, attention_mask, read=torch.nn.functional.pad(counted, (0, 1))
+        )[:, :-1]
         if token_loss is not None and head is not None:
-            counted = score_mask[:, 1:]
             loss = head_loss(
-                self.hidden(input_ids, attention_mask)[:, :-1][counted],
+                hidden[counted],
                 head.weight,
                 head.bias,
                 input_ids[:, 1:][counted],
@@ -119,7 +136,6 @@ class CausalModel(Backbone):
                 with_entropy=with_entropy,
             )
             return loss, None
-        hidden = self.hidden(input_ids, attention_mask)[:, :-1]
         causal = plain(self.model)
         log_probs, entropy = log_probs_from_hidden(
             hidden,
@@ -127,13 +143,12 @@ class CausalModel(Backbone):
             input_ids[:, 1:],
             temperature=temperature,
             chunk=HEAD_CHUNK,
-            min_calls=self._head_calls(score_mask[:, 1:]),
-            mask=score_mask[:, 1:],
+            min_calls=self._head_calls(counted),
+            mask=counted,
             logit_transform=logit_transform(causal.config),
             with_entropy=with_entropy,
         )
         if token_loss is not None:
-            counted = score_mask[:, 1:]
             entropies = None if entropy is None else entropy[counted]
             return token_loss(log_probs[counted], entropies, slice(0, int(counted.sum()))), None
         pad = (1, 0)

@@ -36,10 +36,19 @@ class ScalarModel(Backbone):
     ones: statement 10 for scores, and the critic starts on the same scale.
     """
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and bool mask -> (B, T) fp32 raw values."""
-        hidden = self.hidden(input_ids, attention_mask)
-        return plain(self.model).score(hidden).squeeze(-1)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        read: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, T) ids and bool mask -> (B, T) fp32 raw values; 0 where `read` (B, T) bool, part of
+        the mask, is False."""
+        values = self._head(self.hidden(input_ids, attention_mask, read)).squeeze(-1)
+        return values if read is None else torch.where(read, values, 0.0)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return plain(self.model).score(hidden)
 
     def normalize(self, values: torch.Tensor) -> torch.Tensor:
         mean, std = self.statistics
@@ -58,10 +67,15 @@ class ScalarModel(Backbone):
         self.config.rlhf_score_std = max(std, 1e-6)
 
 
+def last_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool -> (B, T) bool: each row's last real token alone."""
+    later = attention_mask.flip(1).long().cumsum(1).flip(1)
+    return attention_mask & (later == 1)
+
+
 def last_values(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Value at each row's last real token: (B, T), (B, T) bool -> (B,) (ALGORITHM.md 6)."""
-    steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.long() * steps).argmax(dim=1)
+    last = last_tokens(attention_mask).long().argmax(dim=1)
     return values.gather(1, last.unsqueeze(1)).squeeze(1)
 
 

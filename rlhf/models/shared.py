@@ -104,10 +104,13 @@ class SharedScalar(_Role, ScalarModel):
     def config(self) -> Any:
         return self._config
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See ScalarModel."""
         with self.in_use():
-            return self.score(self.hidden(input_ids, attention_mask)).squeeze(-1)
+            return super().forward(*args, **kwargs)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.score(hidden)
 
     def whole_state(self, keep: bool) -> dict[str, torch.Tensor]:
         """Its weights as a plain ForSequenceClassification model has them."""

@@ -142,3 +142,15 @@ def test_families_without_a_score_head() -> None:
     model: Any = torch.nn.Module()
     with pytest.raises(RequirementError, match=r"no `score` head.*decoder family"):
         models.families.scalar_head(model)
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_values_that_are_read(family: str) -> None:
+    """The same numbers where `read` says, 0 elsewhere."""
+    module = help_.load_value(family, name=help_.lively(family)).eval()
+    ids, mask = batch(left=True)
+    read = models.last_tokens(mask)
+    with torch.no_grad():
+        whole, some = module(ids, mask), module(ids, mask, read)
+    torch.testing.assert_close(some[read], whole[read], atol=1e-5, rtol=1e-4)
+    assert not some[~read].any()
