@@ -3,8 +3,9 @@
 torch's CPU flash kernel multiplies bfloat16 far below the speed of a matrix product, most of all in
 its backward pass. Here a block of queries at a time is scored by batched products, which run at
 full speed; scores are rounded to the inputs' dtype and softmaxed in fp32 inside torch's kernel, as
-in transformers' own `eager` attention. Blocks are made again in the backward pass, so nothing
-quadratic in the length is kept. Future keys are left out by blocks.
+in transformers' own `eager` attention. Weights of short rows are kept for the backward pass: no more
+bytes than four hidden states; those of long rows are made again, so that nothing quadratic in the
+length is kept. Future keys are left out by blocks.
 
 transformers looks attention up by the name in the config, which is switched for the time of a
 forward (`fast_attention`). fp32, GPUs and gradient checkpointing stay with transformers' choice.
@@ -27,6 +28,7 @@ from rlhf.models.needed import FIRST_QUERY
 NAME = "rlhf_blocks"
 QUERY_BLOCK = 64  # queries scored at once
 BLOCK_SCORES = 1 << 20  # scores of a block, over the batch rows and heads that it takes in
+KEPT = 8  # rows of up to so many times the head's size keep their weights for the backward pass
 LOWEST = -1e30  # added to hidden scores; finite, so that a pad that sees nothing is not NaN
 
 
@@ -48,31 +50,38 @@ class BlockAttention(torch.autograd.Function):
         scale: float,
         first: int = 0,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias)
         ctx.scale, ctx.first = scale, first
+        keep = any(ctx.needs_input_grad) and q.shape[2] <= KEPT * q.shape[3]
+        kept: list[Tensor] = []
         # In the layout that the caller flattens next: (B, T, H, D).
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
         out[:, :first] = 0
         for rows, queries in _blocks(q, first):
             part_q, part_k, part_v = _cut(q, k, v, rows, queries)
             weights = _weights(part_q, part_k, bias, scale, rows, queries)
+            if keep:
+                kept.append(weights)
             result = torch.bmm(weights, part_v)
             out[rows, queries] = _ungrouped(result, out[rows, queries].transpose(1, 2)).transpose(
                 1, 2
             )
+        ctx.save_for_backward(q, k, v, bias, *kept)
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, bias, *kept = ctx.saved_tensors
         (grad,) = grads
         grad_q = torch.empty_like(q)
         grad_q[:, :, : ctx.first] = 0
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-        for rows, queries in _blocks(q, ctx.first):
+        for index, (rows, queries) in enumerate(_blocks(q, ctx.first)):
             part_q, part_k, part_v = _cut(q, k, v, rows, queries)
             part_grad = _grouped(grad[rows, :, queries], k.shape[1])
-            weights = _weights(part_q, part_k, bias, ctx.scale, rows, queries)
+            if kept:
+                weights = kept[index]
+            else:
+                weights = _weights(part_q, part_k, bias, ctx.scale, rows, queries)
             keys = slice(0, queries.stop)
             shape = grad_v[rows, :, keys].shape
             grad_v[rows, :, keys] += torch.bmm(weights.transpose(1, 2), part_grad).view(shape)
