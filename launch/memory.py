@@ -16,8 +16,9 @@ from rlhf.errors import RequirementError, UserError
 from rlhf.plan import report
 from rlhf.plan.advise import Machine
 from rlhf.plan.hardware import CPU_CORE, Speeds, gpu_speeds
-from rlhf.plan.memory import CPU_IMPORTS, Ranks, Shapes
+from rlhf.plan.memory import CPU_IMPORTS
 from rlhf.plan.read import read_shape
+from rlhf.plan.roles import Ranks, Shapes
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 MEMINFO = Path("/proc/meminfo")

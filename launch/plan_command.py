@@ -18,8 +18,8 @@ from rlhf.errors import ConfigError
 from rlhf.plan import report, scaling
 from rlhf.plan.advise import Machine
 from rlhf.plan.hardware import GPUS, gpu_speeds, parse_bytes
-from rlhf.plan.memory import Ranks, Shapes
 from rlhf.plan.read import read_shape
+from rlhf.plan.roles import Ranks, Shapes
 
 DEFAULT_GPU = "a100-80g"
 

@@ -11,7 +11,8 @@ from rlhf.config.resolve import accumulation
 from rlhf.config.schema import RunConfig
 from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
-from rlhf.plan.memory import Ranks, Shapes, StepMemory, dtype_of, step_memory
+from rlhf.plan.memory import StepMemory, step_memory
+from rlhf.plan.roles import Ranks, Shapes, dtype_of
 from rlhf.plan.time import StepTime, step_time
 
 HEADROOM = 0.9  # of a device's memory may be planned: fragments, and the plan's own error

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config.resolve import accumulation
-from rlhf.config.schema import EngineConfig, ModelConfig, RLConfig, RunConfig
+from rlhf.config.schema import EngineConfig, ModelConfig, RunConfig
 from rlhf.plan.activations import Batch, forward_bytes, logits_bytes, saved_bytes
-from rlhf.plan.engines import SIZES, EngineBytes, Parts, engine_bytes
-from rlhf.plan.lora import adapter_parameters
-from rlhf.plan.shapes import ModelShape
+from rlhf.plan.engines import Parts, effective_stage
+from rlhf.plan.roles import Ranks, Role, Shapes, dtype_of, make_role, ppo_roles, shares_base
+from rlhf.plan.rollout import generation, sampling, vllm_parts
 
 # What a process holds on a CPU besides tensors once it trains, over its size after the imports:
 # allocator, thread and kernel buffers. Measured: `python -m benchmarks.plan --baseline`.
@@ -20,24 +20,6 @@ CPU_FRAMEWORK_ZERO = 50e6  # more, with ZeRO 1-3
 CPU_IMPORTS = 450e6  # after the imports: python, torch, deepspeed, transformers, datasets
 # CUDA context, cuBLAS and NCCL buffers. A common figure; not measured here.
 GPU_FRAMEWORK = 2.0e9
-NEEDS_CRITIC = {"ppo": True, "grpo": False, "rloo": False, "reinforce++": False}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many processes, and on what."""
-
-    world: int
-    on_cpu: bool
-    per_node: int = 1
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The models that a run's steps build on."""
-
-    actor: ModelShape
-    reward: ModelShape
 
 
 @dataclass(frozen=True)
@@ -69,79 +51,28 @@ def step_memory(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> S
         moments = _ppo(config, shapes, ranks)
     else:
         moments = _supervised(config, step, shapes, ranks)
-    zero = any(engine.zero_stage for engine in _engines(config, step))
     base = Parts(framework=GPU_FRAMEWORK)
     if ranks.on_cpu:
+        zero = any(
+            effective_stage(engine, dtype_of(model, True))
+            for model, engine in _trained(config, step)
+        )
         base = Parts(framework=CPU_FRAMEWORK + (CPU_FRAMEWORK_ZERO if zero else 0.0))
         moments = {name: _in_ram(parts) for name, parts in moments.items()}
     return StepMemory(step, {name: parts + base for name, parts in moments.items()})
 
 
-def dtype_of(model: ModelConfig, on_cpu: bool) -> str:
-    """As rlhf/models/loading.py chooses `auto`."""
-    return ("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype
-
-
-def _engines(config: RunConfig, step: int) -> list[EngineConfig]:
+def _trained(config: RunConfig, step: int) -> list[tuple[ModelConfig, EngineConfig]]:
     rl = config.step3
     if step == 3:
-        return [rl.actor.engine, rl.critic.engine, rl.reference_engine]
-    return [(config.step1 if step == 1 else config.step2).engine]
+        return [(role.model, role.engine) for role in (rl.actor, rl.critic)]
+    section = config.step1 if step == 1 else config.step2
+    return [(section.model, section.engine)]
 
 
 def _in_ram(parts: Parts) -> Parts:
     """On a CPU everything is in RAM: copies on the host count with the weights."""
     return replace(parts, weights=parts.weights + parts.host, host=0.0)
-
-
-@dataclass(frozen=True)
-class Role:
-    """A model in an engine, and what it does."""
-
-    shape: ModelShape
-    model: ModelConfig
-    engine: EngineConfig
-    dtype: str
-    scalar: bool
-    trains: bool
-    bytes: EngineBytes
-
-    @property
-    def size(self) -> int:
-        return SIZES[self.dtype]
-
-    @property
-    def whole(self) -> float:
-        """All weights, once."""
-        return self.size * float(self.shape.scalar if self.scalar else self.shape.causal)
-
-
-def make_role(
-    shape: ModelShape,
-    model: ModelConfig,
-    engine: EngineConfig,
-    ranks: Ranks,
-    *,
-    scalar: bool,
-    trains: bool,
-) -> Role:
-    dtype = dtype_of(model, ranks.on_cpu)
-    total = shape.scalar if scalar else shape.causal
-    trained, adapters = total if trains else 0, 0
-    if trains and model.lora.rank:
-        adapters = adapter_parameters(shape, model.lora)
-        trained = adapters + (shape.embed_dim if scalar else 0)
-    made = engine_bytes(
-        engine,
-        dtype=dtype,
-        world=ranks.world,
-        total=total + adapters,
-        trained=trained,
-        largest=min(shape.largest, max(trained, 1)) if trains else shape.largest,
-        on_cpu=ranks.on_cpu,
-        hidden=shape.hidden,
-    )
-    return Role(shape, model, engine, dtype, scalar, trains, made)
 
 
 def _training(
@@ -227,25 +158,6 @@ def _reading(role: Role, batch: Batch) -> Parts:
     return role.bytes.forward + Parts(activations=activations, logits=logits)
 
 
-def ppo_roles(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Role]:
-    """The models of step 3 and their engines."""
-    rl = config.step3
-    judge = shapes.reward
-    roles = {
-        "actor": make_role(shapes.actor, rl.actor.model, rl.actor.engine, ranks,
-                           scalar=False, trains=True),
-        "reference": make_role(shapes.actor, rl.actor.model, rl.reference_engine, ranks,
-                               scalar=False, trains=False),
-        "reward": make_role(judge, rl.critic.model, rl.reference_engine, ranks,
-                            scalar=True, trains=False),
-    }  # fmt: skip
-    if NEEDS_CRITIC[rl.algorithm]:
-        roles["critic"] = make_role(
-            judge, rl.critic.model, rl.critic.engine, ranks, scalar=True, trains=True
-        )
-    return roles
-
-
 def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     rl = config.step3
     roles = ppo_roles(config, shapes, ranks)
@@ -253,7 +165,8 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     for role in roles.values():
         resident += role.bytes.resident
     actor = roles["actor"]
-    if shares_base(config):
+    shared = shares_base(config, on_cpu=ranks.on_cpu)
+    if shared:
         # Reference, reward model and critic read the policy's frozen weights; theirs are adapters.
         others = (role for name, role in roles.items() if name != "actor")
         resident += Parts(weights=-sum(role.whole for role in others))
@@ -273,8 +186,8 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     passes = max(passes, -(-in_minibatch // together))
     batch = Batch(together, prompt + answer, answer, padded=True)
     moments = {
-        "load": _loading(list(roles.values()), ranks),
-        "generate": resident + _sampling(actor, rl, rows, prompt, on_cpu=ranks.on_cpu),
+        "load": _loading([actor] if shared else list(roles.values()), ranks),
+        "generate": resident + sampling(actor, rl, rows, prompt, on_cpu=ranks.on_cpu),
     }
     for name, role in roles.items():
         moments[f"score with {name}"] = resident + _reading(role, batch)
@@ -286,59 +199,12 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     # The verdict reads one more model: what step 1 started from.
     base = roles["reference"]
     asked = max(rl.eval.prompts // ranks.world, 1)
-    moments["verdict"] = resident + base.bytes.resident + generation(base, rl, asked, prompt)
+    moments["verdict"] = (
+        resident + base.bytes.resident + generation(base, rl, asked, prompt, on_cpu=ranks.on_cpu)
+    )
     copies = sum(role.whole for role in roles.values() if role.trains)
     moments["publish"] = resident + Parts(host=copies)
     return moments
-
-
-def shares_base(config: RunConfig) -> bool:
-    """Will the four models share one base, as far as settings tell (rlhf/models/shared.py)?"""
-    rl = config.step3
-    adapted = (rl.actor.model.lora.rank, rl.critic.model.lora.rank, config.step2.model.lora.rank)
-    sharded = 3 in (rl.actor.engine.zero_stage, rl.critic.engine.zero_stage,
-                    rl.reference_engine.zero_stage)  # fmt: skip
-    needed = all(adapted) and not sharded and config.step2.model.name is None
-    return rl.share_base is not False and needed and NEEDS_CRITIC[rl.algorithm]
-
-
-def _sampling(role: Role, rl: RLConfig, rows: int, prompt: int, *, on_cpu: bool) -> Parts:
-    """What answers prompts, beside what is resident."""
-    if rl.rollout.engine != "vllm":
-        return generation(role, rl, rows, prompt)
-    # On a CPU it is resident already; the weights are gathered to be pushed.
-    return role.bytes.whole + (
-        Parts() if on_cpu else vllm_parts(role, rl, rows, prompt, on_cpu=False)
-    )
-
-
-def vllm_parts(role: Role, rl: RLConfig, rows: int, prompt: int, *, on_cpu: bool) -> Parts:
-    """vLLM's own weights and cache. On a CPU its cache is a fixed 1 GB (rlhf/rollout/vllm.py); on a
-    GPU this is the least that it needs: it takes the share of the device that it was given."""
-    rollout = rl.rollout
-    columns = min(rollout.batch_size, rows) * (prompt + rollout.max_new_tokens)
-    cache = 2.0 * role.shape.layers * role.shape.kv_width * role.size * columns
-    return Parts(weights=role.whole, kv_cache=float(2**30) if on_cpu else cache)
-
-
-def generation(role: Role, rl: RLConfig, rows: int, prompt: int) -> Parts:
-    """The cache of keys and values, one step's logits, and the gathered weights."""
-    shape, size, rollout = role.shape, role.size, rl.rollout
-    slots = min(rollout.batch_size, rows)
-    answer = rollout.max_new_tokens
-    spare = min(answer, 64) if rows > slots else 0
-    per_column = 2.0 * shape.layers * shape.kv_width * size
-    columns = prompt + answer + spare
-    distinct = max(slots // rollout.samples_per_prompt, 1)
-    kv_cache = per_column * (slots * columns + distinct * prompt)  # the slab, and the prefill's own
-    reading = forward_bytes(shape, Batch(distinct, prompt, 1), size)
-    logits = slots * shape.vocab * (3 * 4.0 + size)
-    if rollout.engine == "hybrid" and rollout.hybrid_kernels:
-        # DeepSpeed's kernels keep their own weights, and a cache for the whole batch.
-        return role.bytes.whole + Parts(
-            weights=role.whole, kv_cache=per_column * slots * columns, logits=logits
-        )
-    return role.bytes.whole + Parts(activations=reading, logits=logits, kv_cache=kv_cache)
 
 
 def summary(memory: StepMemory) -> Mapping[str, float]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from rlhf.config.schema import RunConfig
 from rlhf.plan.advise import Change, Machine, advise, apply, fits, most_sparing, time_with
-from rlhf.plan.memory import Shapes, StepMemory, step_memory, summary
+from rlhf.plan.memory import StepMemory, step_memory, summary
+from rlhf.plan.roles import Shapes
 from rlhf.plan.time import StepTime
 
 

@@ -13,8 +13,9 @@ from rlhf.config.schema import RunConfig
 from rlhf.plan.advise import Change, Machine, apply, fastest
 from rlhf.plan.hardware import GPUS, Speeds
 from rlhf.plan.known import known_config
-from rlhf.plan.memory import Ranks, Shapes, StepMemory, step_memory
+from rlhf.plan.memory import StepMemory, step_memory
 from rlhf.plan.report import size
+from rlhf.plan.roles import Ranks, Shapes
 from rlhf.plan.shapes import shape_of
 from rlhf.plan.time import StepTime, step_time
 

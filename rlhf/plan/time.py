@@ -18,7 +18,7 @@ from rlhf.config.schema import RunConfig
 from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
 from rlhf.plan.lora import adapter_parameters
-from rlhf.plan.memory import Ranks, Role, Shapes, make_role, ppo_roles
+from rlhf.plan.roles import Ranks, Role, Shapes, make_role, ppo_roles
 from rlhf.plan.shapes import ModelShape
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from rlhf.errors import ConfigError
 from rlhf.rollout.attention import lean_attention
 from rlhf.rollout.generation import base_model
 from rlhf.rollout.lean import Layers, LeanForward
-from rlhf.rollout.packing import packed_linears
+from rlhf.rollout.packing import packed_linears, weight_and_bias
 from rlhf.rollout.slab import Slab
 
 
@@ -86,7 +86,9 @@ def forward_of(model: Any, *, lean: bool, whole: bool) -> Iterator[Forward]:
         )
     ours = LeanForward.of(model) if lean and whole else None
     if ours is not None:
-        with packed_linears(model.get_output_embeddings()):  # inside a head that is not plain
+        head = model.get_output_embeddings()
+        plain = weight_and_bias(head) is not None  # `ours` has packed it
+        with nullcontext() if plain else packed_linears(head):
             yield ours
         return
     with lean_attention(model):

@@ -7,7 +7,8 @@ transformers builds.
 
 Columns are added GROW at a time, and those that no live row needs are dropped then: the cache is
 moved once in so many steps, and stays dense. On CPU that matters: products of batches in half
-precision copy an operand that is a slice of a longer one.
+precision copy an operand that is a slice of a longer one, and each new length is another product to
+compile (oneDNN: 0.5 MB a shape): there attention reads all allocated columns, hidden ones masked.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Span:
         """The columns that attention reads after a write."""
         return slice(None) if self.dense else slice(self.start, self.end + 1)
 
+    @property
+    def written(self) -> int:
+        """Columns before the next one, counted from the first that is read."""
+        return self.end if self.dense else self.end - self.start
+
 
 class SlabLayer(CacheLayerMixin):
     """One layer: `update` writes at the span's end and returns views, without a copy."""
@@ -60,10 +66,11 @@ class SlabLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write (rows, heads, 1, dim) states; return everything (rows, heads, length, dim)."""
+        """Write (rows, heads, 1, dim) states; return what `Slab.mask` describes (rows, heads,
+        columns, dim)."""
         self.write(key_states.squeeze(2), value_states.squeeze(2))
-        rows, start, end = self.span.rows, self.span.start, self.span.end + 1
-        return self.keys[:rows, :, start:end], self.values[:rows, :, start:end]
+        rows, columns = self.span.rows, self.span.read()
+        return self.keys[:rows, :, columns], self.values[:rows, :, columns]
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """(rows, heads, dim) into the next column."""
@@ -90,11 +97,12 @@ class SlabLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of what `update` will return."""
-        return self.get_seq_length() + query_length, 0
+        length = self.get_max_length() if self.span.dense else self.span.written + query_length
+        return length, 0
 
     def get_seq_length(self) -> int:
-        """Columns already held."""
-        return self.span.end - self.span.start
+        """Where the next column is, among those that `update` returns."""
+        return self.span.written
 
     def get_max_length(self) -> int:
         """Columns allocated."""
@@ -118,9 +126,10 @@ class Slab:
 
     @property
     def mask(self) -> Tensor:
-        """(rows, length + 1) bool for the next token: columns not yet written are visible in
-        advance, so it need not grow."""
-        return self._visible[: self.span.rows, self.span.start : self.span.end + 1]
+        """(rows, columns) bool for the next token over what `SlabLayer.update` returns."""
+        span = self.span
+        visible = self._visible[: span.rows, span.read()]
+        return visible & (self._column <= span.end) if span.dense else visible
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """(rows, 1, columns) to add to the next token's scores over `SlabLayer.flat`: 0 where
@@ -128,9 +137,7 @@ class Slab:
         span = self.span
         if self._even and not span.dense:
             return None
-        visible = self._visible[: span.rows, span.read()]
-        if span.dense:
-            visible = visible & (self._column <= span.end)
+        visible = self.mask
         zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return zeros.masked_fill_(~visible, float("-inf"))[:, None]
 

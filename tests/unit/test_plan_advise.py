@@ -14,7 +14,8 @@ from rlhf.plan import report
 from rlhf.plan.advise import METHOD, Machine, advise, apply, fastest, fits, possible, time_with
 from rlhf.plan.hardware import gpu_speeds
 from rlhf.plan.known import known_config
-from rlhf.plan.memory import Ranks, Shapes, step_memory
+from rlhf.plan.memory import step_memory
+from rlhf.plan.roles import Ranks, Shapes
 from rlhf.plan.shapes import shape_of
 
 SPEEDS = gpu_speeds("a100-80g")

@@ -14,17 +14,23 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.config.load import load_config
-from rlhf.config.schema import EngineConfig, LoraConfig, RunConfig
+from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig, RunConfig
 from rlhf.engine import config as engine_config
 from rlhf.models import causal
+from rlhf.models import shared as shared_models
 from rlhf.models.adapters import add_adapters
 from rlhf.models.tiny import SIZE, TINY
-from rlhf.plan import engines, memory, read
+from rlhf.plan import engines, read
 from rlhf.plan.activations import HEAD_CHUNK, Batch, logits_bytes, saved_bytes
 from rlhf.plan.engines import Parts, engine_bytes
 from rlhf.plan.known import known_config
-from rlhf.plan.memory import NEEDS_CRITIC, Ranks, Shapes, step_memory
-from rlhf.plan.shapes import shape_of
+from rlhf.plan.memory import step_memory
+from rlhf.plan.roles import NEEDS_CRITIC, Ranks, Shapes, make_role, shares_base
+from rlhf.plan.rollout import OUR_FORWARD, generation, repacked
+from rlhf.plan.shapes import FAMILIES, shape_of
+from rlhf.rollout import blocks, packing
+from rlhf.rollout.forward import forward_of
+from step3_ppo.roles import _shares
 
 OPT = shape_of(known_config("facebook/opt-125m") or {})
 TINY_LLAMA = shape_of(read.tiny_config("llama"))
@@ -148,15 +154,15 @@ def test_the_cache_of_a_rollout_by_hand() -> None:
         None,
         {"step3.rollout.batch_size": 4, "step3.rollout.max_new_tokens": 10},
     )
-    role = memory.make_role(
+    role = make_role(
         TINY_LLAMA, config.step3.actor.model, EngineConfig(), Ranks(1, True),
         scalar=False, trains=True,
     )  # fmt: skip
-    made = memory.generation(role, config.step3, rows=8, prompt=20)
+    made = generation(role, config.step3, rows=8, prompt=20, on_cpu=True)
     # More rows than slots, so min(10, 64) spare columns.
     assert made.kv_cache == 2 * 2 * 128 * 4 * (4 * (20 + 10 + 10) + 4 * 20)
     config.step3.rollout.samples_per_prompt = 4
-    made = memory.generation(role, config.step3, rows=4, prompt=20)
+    made = generation(role, config.step3, rows=4, prompt=20, on_cpu=True)
     assert made.kv_cache == 2 * 2 * 128 * 4 * (4 * 30 + 1 * 20)
 
 
@@ -292,8 +298,9 @@ def test_step_3_holds_four_models_or_three() -> None:
     assert ppo.moments["actor step"].weights == pytest.approx(4 * weights, rel=0.01)
     assert three.moments["actor step"].weights == pytest.approx(3 * weights, rel=0.01)
     assert not any("critic" in moment for moment in three.moments)
-    # The verdict reads one model more.
-    assert ppo.moments["verdict"].weights == pytest.approx(5 * weights, rel=0.01)
+    # The verdict reads one model more, and repacks q, k and v of 12 layers for a rollout.
+    packed = 2 * 12 * 3 * (768**2 + 768)
+    assert ppo.moments["verdict"].weights == pytest.approx(5 * weights + packed, rel=0.01)
 
 
 def test_the_average_costs_fp32_weights() -> None:
@@ -334,6 +341,95 @@ def test_one_base_is_planned_without_three_copies() -> None:
     full = step_memory(load_config(None), 3, Shapes(OPT, OPT), ranks)
     alone = step_memory(load_config(None, {"step3.share_base": False}), 3, Shapes(OPT, OPT), ranks)
     assert full.peak == alone.peak, "nothing is shared without adapters"
+
+
+ADAPTED = {f"{place}.lora.rank": 4
+           for place in ("step2.model", "step3.actor.model", "step3.critic.model")}  # fmt: skip
+GROUPS = {"step3.algorithm": "grpo", "step3.rollout.samples_per_prompt": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, True),
+        ({"step3.share_base": True}, True),
+        ({"step3.share_base": False}, False),
+        ({"step3.actor.model.lora.rank": 0}, False),
+        ({"step3.critic.model.lora.rank": 0}, False),
+        ({"step3.critic.model.lora.rank": 0, **GROUPS}, True),
+        ({"step3.critic.model.name": "other"}, False),
+        ({"step3.critic.model.name": "other", **GROUPS}, True),
+        ({"step3.critic.model.dtype": "bfloat16"}, False),
+        ({"step3.critic.model.dtype": "float32"}, True),
+        ({"step3.actor.engine.zero_stage": 2}, True),
+        ({"step3.actor.engine.zero_stage": 3}, False),
+        ({"step3.critic.engine.zero_stage": 3, **GROUPS}, False),
+        ({"step3.reference_engine.zero_stage": 3}, False),
+        ({"step3.actor.engine.deepspeed_config": "mine.json"}, False),
+        ({"step3.rollout.engine": "hybrid"}, False),
+        ({"step3.rollout.engine": "vllm"}, True),
+        ({"step2.model.lora.rank": 0}, False),
+        ({"step2.model.name": "other"}, False),
+    ],
+    ids=str,
+)
+def test_one_base_is_planned_where_step_3_shares_it(
+    changes: dict[str, Any], shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Asked of the step's own rule too, with a reward model that fits if step 2 makes one."""
+    config = load_config(None, ADAPTED | changes)
+    assert shares_base(config, on_cpu=True) is shared
+    if "step2.model.name" not in changes and config.step2.model.lora.rank:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").touch()
+    monkeypatch.setattr(shared_models, "_other_base", lambda *_: None)
+    needs = NEEDS_CRITIC[config.step3.algorithm]
+    said: list[str] = []
+    config.step3.share_base = "auto" if config.step3.share_base else False
+    assert _shares(config.step3, "sft", str(tmp_path), needs, said.append) is shared, said
+
+
+@pytest.mark.parametrize(
+    ("family", "rank", "on_cpu", "times"),
+    [
+        ("llama", 0, True, 4 * 128**2 + 3 * 128 * 352),
+        ("llama", 4, True, 4 * 128**2 + 3 * 128 * 352),
+        ("bloom", 0, True, 12 * 128**2 + 9 * 128),
+        ("llama", 0, False, 3 * 128**2 + 2 * 128 * 352),
+        ("llama", 4, False, 0),
+        ("bloom", 0, False, 0),
+    ],
+)
+def test_weights_repacked_for_a_rollout_by_hand(
+    family: str, rank: int, on_cpu: bool, times: int
+) -> None:
+    """2 layers' matrices, and on a CPU the head of 1024 x 128."""
+    shape = shape_of(read.tiny_config(family))
+    model = ModelConfig(dtype="float32", lora=LoraConfig(rank=rank))
+    role = make_role(shape, model, EngineConfig(), Ranks(1, on_cpu), scalar=False, trains=True)
+    assert repacked(role, on_cpu=on_cpu) == 4 * (2 * times + (1024 * 128 if on_cpu else 0))
+
+
+@pytest.mark.parametrize("family", [*TINY])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_weights_repacked_are_those_that_a_rollout_repacks(family: str, rank: int) -> None:
+    """Counted in packing.Packed; adapters' own small matrices are not planned."""
+    config = TINY[family](SIZE, {"vocab_size": 1024, "pad_token_id": 0})
+    plain: Any = AutoModelForCausalLM.from_config(config)
+    model = add_adapters(plain, LoraConfig(rank=rank), task="CAUSAL_LM", dropout=False)
+    made: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for where in (packing, blocks):
+            patch.setattr(where, "Packed", lambda w, b: made.append(sum(x.numel() for x in w)))
+        with forward_of(model, lean=True, whole=True):
+            pass
+    settings = ModelConfig(dtype="float32", lora=LoraConfig(rank=rank))
+    shape = shape_of(config.to_dict())
+    role = make_role(shape, settings, EngineConfig(), Ranks(1, True), scalar=False, trains=True)
+    assert repacked(role, on_cpu=True) == pytest.approx(4 * sum(made), rel=0.15 if rank else 0.01)
+    assert {*OUR_FORWARD} == {
+        shape for shape in FAMILIES if any(n.lower().startswith(shape) for n in blocks.FAMILIES)
+    }
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

@@ -16,7 +16,7 @@ from rlhf.models.tiny import SIZE, TINY
 from rlhf.plan import read
 from rlhf.plan.hardware import GPUS, Speeds, gpu_speeds, parse_bytes
 from rlhf.plan.known import known_config
-from rlhf.plan.memory import Ranks, Role, Shapes, make_role
+from rlhf.plan.roles import Ranks, Role, Shapes, make_role
 from rlhf.plan.shapes import shape_of
 from rlhf.plan.time import (
     forward_flops,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.rollout import SamplingConfig
 
+import rlhf.rollout.attention as attention
 import rlhf.rollout.continuous as continuous
 import rlhf.rollout.slab as slab
 from rlhf.errors import ConfigError, UserError
@@ -20,6 +21,7 @@ from tests.unit.rollout_support import (
     FAMILIES,
     IDS,
     PAD,
+    VOCAB,
     Wrapper,
     engine_of,
     fresh_log_probs,
@@ -58,6 +60,31 @@ def test_greedy_equals_generate(family, lean):
         width = out.answers.shape[1]
         assert torch.equal(out.answers, expected[:, :width])
         assert (expected[:, width:] == PAD).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_columns_change_nothing(family, monkeypatch):
+    """As in 16 bits, where attention reads columns that nothing is written to yet."""
+    monkeypatch.setattr(slab, "Span", lambda dense: whole_span(dense=True))
+    test_greedy_equals_generate(family, lean=False)
+
+
+whole_span = slab.Span
+
+
+def test_in_16_bits_attention_keeps_its_shape(monkeypatch):
+    """oneDNN compiles a product for every shape: not one a token (0.5 MB each, for good)."""
+    widths = set()
+
+    def seen(module, query, key, *rest, **options):
+        widths.add(key.shape[2])
+        return decode_attention(module, query, key, *rest, **options)
+
+    monkeypatch.setattr(attention, "decode_attention", seen)
+    model = tiny_model().to(torch.bfloat16)
+    sampling = SamplingConfig(max_new_tokens=40)
+    build(model, eos=VOCAB, lean=False, batch_size=7).generate(prompts(*LENGTHS), sampling)
+    assert widths - {12} == {12 + slab.GROW, 12 + 2 * slab.GROW}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
