@@ -15,7 +15,6 @@ from launch.hostcheck import REDUCE_SECONDS, SPARE_BYTES, last_line, on_hosts, r
 from launch.options import parse_options
 from launch.plan import Plan, make_plan
 from launch.ports import free_port
-from launch.sizes import planned_bytes
 from launch.spec import PROJECT_ROOT, Placement
 from rlhf.config.names import DEFAULT_ENDPOINT
 from rlhf.errors import RequirementError, UserError
@@ -41,7 +40,7 @@ def here(plan: Plan) -> list[Check]:
         ("packages", lambda: preflight.check_packages(config, steps, models)),
         ("models and data", lambda: preflight.check_names(models, config.data.path)),
         ("compiler", lambda: preflight.check_compiler(config, steps)),
-        ("disk", lambda: preflight.check_disk(plan.run.path, models)),
+        ("disk", lambda: preflight.check_disk(plan.run.path, preflight.planned_artifacts(plan), 0)),
         ("commands", lambda: preflight.check_commands(plan.placement)),
     ]
     checks = [_of_call(what, call) for what, call in asked]
@@ -63,15 +62,14 @@ def _free(path: Path) -> int:
 
 
 def disk_check(where: str, free: int, plan: Plan, path: str) -> Check:
-    """Room for what the run is planned to write: more than this is not known to be needed."""
-    steps = [item.step for item in plan.steps if not item.done]
-    needed = max(SPARE_BYTES, planned_bytes(plan.config, steps, preflight.needed_models(plan)))
+    """Room for what the run is planned to write; a short one writes no checkpoints."""
+    needed = SPARE_BYTES + preflight.planned_disk(plan)
     return judge(
         f"{where}: free disk for artifacts and checkpoints",
         free >= needed,
         f"{free / 1e9:.1f} GB",
         f"about {needed / 1e9:.1f} GB in {path}",
-        "free some space, --keep-last 1, or --output-dir on another disk",
+        preflight.SMALLER,
         fatal=False,
     )
 

@@ -13,16 +13,19 @@ from launch.checks import refuse
 from launch.hostcheck import on_hosts
 from launch.hub import check_hub
 from launch.memory import check_memory
-from launch.plan import Plan
+from launch.plan import Plan, StepPlan
 from launch.spec import Placement
 from rlhf.config.names import is_hub_dataset, is_hub_model, is_path_like
 from rlhf.config.schema import EngineConfig, RunConfig
 from rlhf.errors import RequirementError
+from rlhf.plan import disk
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
 SPARE_BYTES = 300 * 10**6
-# An artifact in fp32 from weights in 16 bits, written beside the one that it replaces.
+# Where the planner does not know the model: an artifact in fp32 from weights in 16 bits, and as
+# much again.
 BYTES_PER_WEIGHT_BYTE = 4
+SMALLER = "free some space, --keep-last 1, or use --output-dir on another disk"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
@@ -36,10 +39,10 @@ def preflight(plan: Plan) -> tuple[dict[str, str], list[str]]:
     check_packages(config, steps, models)
     check_names(models, config.data.path)
     check_compiler(config, steps)
-    check_disk(plan.run.path, models)
+    lines = check_disk(plan.run.path, planned_artifacts(plan), planned_disk(plan))
     check_commands(plan.placement)
     offline, line = check_hub(models, config.data.path, config.hub.endpoint, config.hub.offline)
-    lines = [line] if line else []
+    lines += [line] if line else []
     if plan.placement.over_ssh and config.launch.preflight == "full":
         lines += check_hosts(plan)
     for item in plan.steps:
@@ -141,21 +144,49 @@ def check_compiler(config: RunConfig, steps: Iterable[int]) -> None:
         )
 
 
-def check_disk(run_dir: Path, models: Iterable[str]) -> None:
-    """Room for the artifacts, as far as the weights' size is known here."""
-    weights = sum(_weight_bytes(Path(name).expanduser()) for name in models)
-    needed = SPARE_BYTES + BYTES_PER_WEIGHT_BYTE * weights
+def check_disk(run_dir: Path, artifacts: float, everything: float) -> list[str]:
+    """Warnings. Raises RequirementError where there is no room for the artifacts; checkpoints are
+    for runs long enough to make some, so for them it warns."""
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise RequirementError(
             f"{existing}: not writable, and the run would be kept below it: use --output-dir"
         )
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    free, least = shutil.disk_usage(existing).free, SPARE_BYTES + artifacts
+    if free < least:
         raise RequirementError(
-            f"{existing}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed: "
+            f"{existing}: {free / 1e9:.1f} GB free, about {least / 1e9:.1f} GB are needed: "
             "free some space, or use --output-dir on another disk"
         )
+    if free < SPARE_BYTES + everything:
+        return [
+            f"warning: {existing}: {free / 1e9:.1f} GB free, and with its checkpoints the run may "
+            f"write {(SPARE_BYTES + everything) / 1e9:.1f} GB: {SMALLER}"
+        ]
+    return []
+
+
+def planned_artifacts(plan: Plan) -> float:
+    """Bytes of what the steps to run are going to publish."""
+    planned = [item.needs.disk.artifact for item in _to_run(plan) if item.needs]
+    return sum(planned) + _unplanned(plan)
+
+
+def planned_disk(plan: Plan) -> float:
+    """Bytes of the run's fullest moment on the disk, checkpoints included."""
+    return disk.needed(item.needs.disk for item in _to_run(plan) if item.needs) + _unplanned(plan)
+
+
+def _to_run(plan: Plan) -> list[StepPlan]:
+    return [item for item in plan.steps if not item.done]
+
+
+def _unplanned(plan: Plan) -> float:
+    """For steps of models that the planner does not know, as far as their files are here."""
+    if all(item.needs for item in _to_run(plan)):
+        return 0.0
+    files = sum(_weight_bytes(Path(name).expanduser()) for name in needed_models(plan))
+    return float(BYTES_PER_WEIGHT_BYTE * files)
 
 
 def _weight_bytes(path: Path) -> int:

@@ -10,7 +10,7 @@ from rlhf.config.resolve import accumulation
 from rlhf.config.schema import EngineConfig, ModelConfig, RunConfig
 from rlhf.plan.activations import Batch, forward_bytes, logits_bytes, saved_bytes
 from rlhf.plan.engines import Parts, effective_stage
-from rlhf.plan.roles import Ranks, Role, Shapes, dtype_of, make_role, ppo_roles, shares_base
+from rlhf.plan.roles import Ranks, Role, Shapes, dtype_of, ppo_roles, shares_base, step_role
 from rlhf.plan.rollout import generation, sampling, vllm_parts
 
 # What a process holds on a CPU besides tensors once it trains, over its size after the imports:
@@ -106,8 +106,7 @@ def _training(
 def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     scalar = step == 2
     section: Any = config.step2 if scalar else config.step1
-    shape = shapes.reward if scalar else shapes.actor
-    role = make_role(shape, section.model, section.engine, ranks, scalar=scalar, trains=True)
+    role = step_role(config, step, shapes, ranks)
     width = section.max_length or config.step1.max_length
     prompt = section.max_prompt_length or config.step1.max_prompt_length
     counted = width if scalar or config.step1.prompt_loss else width - prompt
@@ -173,8 +172,8 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     if rl.rollout.engine == "vllm" and ranks.on_cpu:
         resident += vllm_parts(actor, rl, 0, 0, on_cpu=True)  # on a GPU it sleeps meanwhile
     if rl.ppo.ema_decay:
-        trained = actor.bytes.resident.optimizer / 12 if actor.engine.zero_stage else 0.0
-        resident += Parts(optimizer=4.0 * (trained or actor.whole / actor.size))
+        sharded = effective_stage(actor.engine, actor.dtype) == 3
+        resident += Parts(optimizer=4.0 * actor.trained / (ranks.world if sharded else 1))
     prompt = rl.rollout.max_prompt_length or config.step1.max_prompt_length
     answer = rl.rollout.max_new_tokens
     rows = max(rl.rollout.prompts // ranks.world, 1) * rl.rollout.samples_per_prompt

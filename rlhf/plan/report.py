@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.config.schema import RunConfig
 from rlhf.plan.advise import Change, Machine, advise, apply, fits, most_sparing, time_with
+from rlhf.plan.disk import StepDisk, step_disk
 from rlhf.plan.memory import StepMemory, step_memory, summary
 from rlhf.plan.roles import Shapes
 from rlhf.plan.time import StepTime
@@ -19,6 +20,7 @@ class StepReport:
 
     memory: StepMemory
     time: StepTime
+    disk: StepDisk
     fits: bool
     changes: tuple[Change, ...] | None = ()
     """What makes it fit; None: nothing that the planner knows of."""
@@ -34,12 +36,13 @@ def plan_step(config: RunConfig, step: int, shapes: Shapes, machine: Machine) ->
     """`config` as the step gets it (`resolve_step`)."""
     memory = step_memory(config, step, shapes, machine.ranks)
     time = time_with(config, step, shapes, machine)
+    disk = step_disk(config, step, shapes, machine.ranks)
     if fits(memory, machine):
-        return StepReport(memory, time, True)
+        return StepReport(memory, time, disk, True)
     changes = advise(config, step, shapes, machine)
     tried = most_sparing(config, step, machine) if changes is None else changes
     after = step_memory(apply(config, tried), step, shapes, machine.ranks)
-    return StepReport(memory, time, False, changes, after)
+    return StepReport(memory, time, disk, False, changes, after)
 
 
 def lines(report: StepReport, machine: Machine) -> list[str]:
@@ -104,6 +107,11 @@ def as_json(report: StepReport) -> dict[str, Any]:
         "peak_bytes": round(memory.peak),
         "host_bytes": round(memory.host),
         "at": memory.worst,
+        "disk": {
+            "artifact_bytes": round(report.disk.artifact),
+            "checkpoint_bytes": round(report.disk.checkpoint),
+            "checkpoints": report.disk.kept,
+        },
         "moments": {name: _rounded(parts.named()) for name, parts in memory.moments.items()},
         "iteration": {
             "seconds": time.seconds,

@@ -43,12 +43,17 @@ class Role:
     engine: EngineConfig
     dtype: str
     scalar: bool
-    trains: bool
+    trained: int
+    """Parameters with gradients; 0 of a frozen role."""
     bytes: EngineBytes
 
     @property
     def size(self) -> int:
         return SIZES[self.dtype]
+
+    @property
+    def trains(self) -> bool:
+        return self.trained > 0
 
     @property
     def adapted(self) -> bool:
@@ -86,7 +91,18 @@ def make_role(
         on_cpu=ranks.on_cpu,
         hidden=shape.hidden,
     )
-    return Role(shape, model, engine, dtype, scalar, trains, made)
+    return Role(shape, model, engine, dtype, scalar, trained, made)
+
+
+def step_role(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> Role:
+    """The model of step 1 or 2 and its engine."""
+    if step == 2:
+        section = config.step2
+        return make_role(
+            shapes.reward, section.model, section.engine, ranks, scalar=True, trains=True
+        )
+    first = config.step1
+    return make_role(shapes.actor, first.model, first.engine, ranks, scalar=False, trains=True)
 
 
 def ppo_roles(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Role]:

@@ -17,8 +17,7 @@ from rlhf.config.resolve import accumulation
 from rlhf.config.schema import RunConfig
 from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
-from rlhf.plan.lora import adapter_parameters
-from rlhf.plan.roles import Ranks, Role, Shapes, make_role, ppo_roles
+from rlhf.plan.roles import Ranks, Role, Shapes, ppo_roles, step_role
 from rlhf.plan.shapes import ModelShape
 
 
@@ -58,7 +57,7 @@ def training_flops(role: Role, tokens: float, width: float) -> float:
 def sent_per_step(role: Role, world: int, passes: int) -> float:
     """Bytes that a rank sends in one optimiser step of `passes` micro-batches."""
     stage = effective_stage(role.engine, role.dtype, role.trains)
-    total, trained = role.whole / role.size, _trained(role, world)
+    total, trained = role.whole / role.size, role.trained
     share = role.size * (world - 1) / world
     per_stage = {0: 2.0, 1: 3.0, 2: 2.0 * passes + 1.0}
     if stage == 3:
@@ -71,18 +70,11 @@ def offload_seconds(role: Role, world: int, passes: int, speeds: Speeds) -> floa
     reads and writes 28 bytes a parameter; at ZeRO-3 the shards come up twice a pass too."""
     if role.engine.offload == "none" or effective_stage(role.engine, role.dtype) == 0:
         return 0.0
-    share = (_trained(role, world) if role.trains else 0.0) / world
+    share = role.trained / world
     moved = 2.0 * role.size * share
     if effective_stage(role.engine, role.dtype, role.trains) == 3:
         moved += (2.0 if role.trains else 1.0) * passes * role.whole / world
     return moved / speeds.host + 28.0 * share / speeds.host_memory
-
-
-def _trained(role: Role, world: int) -> float:
-    if not role.model.lora.rank:
-        return role.whole / role.size
-    adapters = adapter_parameters(role.shape, role.model.lora)
-    return float(adapters + (role.shape.embed_dim if role.scalar else 0))
 
 
 def step_time(
@@ -93,14 +85,10 @@ def step_time(
     if step == 3:
         return _ppo_time(config, shapes, ranks, speeds, wire)
     section = config.step1 if step == 1 else config.step2
-    scalar = step == 2
-    role = make_role(
-        shapes.reward if scalar else shapes.actor,
-        section.model, section.engine, ranks, scalar=scalar, trains=True,
-    )  # fmt: skip
+    role = step_role(config, step, shapes, ranks)
     width = section.max_length or config.step1.max_length
     rows = section.train.batch_size
-    tokens = rows * width * (2 if scalar else 1) / ranks.world
+    tokens = rows * width * (2 if step == 2 else 1) / ranks.world
     compute = training_flops(role, tokens, width) / speeds.flops
     passes = accumulation(config, step, ranks.world)
     sent = sent_per_step(role, ranks.world, passes)

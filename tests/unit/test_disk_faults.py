@@ -107,6 +107,7 @@ def test_a_disk_that_fills_up_during_a_run(tmp_path: Path, leave: int) -> None:
         f"""
         from rlhf.store import verify
         launch.preflight.SPARE_BYTES = 0
+        launch.preflight.planned_artifacts = lambda plan: 0
         mount("size=300k,nr_inodes=1000")
         command = ["--output-dir", str(place), "--name", "r", "--step", "1"]
         assert train.main(command) == 0
@@ -167,6 +168,7 @@ def test_a_read_only_run_directory(tmp_path: Path) -> None:
         tmp_path,
         """
         launch.preflight.SPARE_BYTES = 0
+        launch.preflight.planned_artifacts = lambda plan: 0
         mount("size=1m")
         (place / "r").mkdir()
         subprocess.run(["mount", "-o", "remount,ro", place], check=True)

@@ -27,7 +27,6 @@ from launch.launchers import build_spec
 from launch.nodes import prepared, private_file, with_variables
 from launch.options import parse_options
 from launch.plan import Plan, make_plan
-from launch.sizes import parameters, planned_bytes
 from launch.spec import LaunchSpec, Placement
 from rlhf.config import load_config
 from rlhf.config.load import parse_overrides
@@ -466,16 +465,3 @@ def test_each_check_can_fail(
 def plan_of(hostfile: Path, tmp_path: Path) -> Plan:
     flags = ["--deployment-type", "multi_node", "--hostfile", str(hostfile)]
     return make_plan(parse_options([*flags, "--output-dir", str(tmp_path), "--name", "r"], {}))
-
-
-def test_planned_bytes(tmp_path: Path) -> None:
-    """1.3 G parameters, step 3: two models of 4 bytes, three checkpoints of two times 16 bytes."""
-    assert parameters("facebook/opt-1.3b") == 1_300_000_000
-    assert parameters("facebook/opt-350m") == 350_000_000
-    assert parameters("owner/name") == 0
-    config = load_config(None, {})
-    assert planned_bytes(config, [3], ["facebook/opt-1.3b"]) == 1_300_000_000 * (8 + 3 * 32)
-    assert planned_bytes(config, [], ["facebook/opt-1.3b"]) == 0
-    header = json.dumps({"w": {"shape": [3, 4]}, "b": {"shape": [4]}, "__metadata__": {}}).encode()
-    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    assert parameters(str(tmp_path)) == 16

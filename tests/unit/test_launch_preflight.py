@@ -14,6 +14,8 @@ import pytest
 
 from launch import hub, preflight
 from launch.hub import check_hub, is_cached, needed, problem
+from launch.options import parse_options
+from launch.plan import make_plan
 from rlhf.config import load_config
 from rlhf.config.load import parse_overrides
 from rlhf.config.names import is_hub_dataset, is_hub_model, normalize_endpoint
@@ -161,17 +163,33 @@ def test_names_that_do_not_exist() -> None:
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 3: told before the training, not after it."""
-    weights = tmp_path / "m"
-    weights.mkdir()
-    with (weights / "model.safetensors").open("wb") as stream:
-        stream.truncate(10**9)
-    preflight.check_disk(tmp_path / "out" / "run", [])
+    """Exit code 3: told before the training, not after it. Checkpoints only warn: a short run
+    writes none."""
+    place = tmp_path / "out" / "run"
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    preflight.check_disk(tmp_path / "out" / "run", [])
+    assert preflight.check_disk(place, 1.6e9, 1.7e9) == []
+    (warning,) = preflight.check_disk(place, 1.6e9, 5e9)
+    assert "2.0 GB free, and with its checkpoints the run may write 5.3 GB" in warning
     with pytest.raises(RequirementError, match=r"2.0 GB free, about 4.3 GB are needed"):
-        preflight.check_disk(tmp_path / "out" / "run", [str(weights)])
+        preflight.check_disk(place, 4e9, 4e9)
+
+
+def test_the_disk_that_a_run_needs(tmp_path: Path) -> None:
+    """Of the steps to run, from the planner; of what it does not know, from the files here."""
+    flags = ["--output-dir", str(tmp_path), "--name", "r", "--keep-last", "1"]
+    plan = make_plan(parse_options([*flags, "--actor-model", "facebook/opt-125m"], {}))
+    one, two, three = (item.needs.disk for item in plan.steps if item.needs)
+    total = one.artifact + two.artifact + three.artifact
+    assert preflight.planned_artifacts(plan) == total
+    assert preflight.planned_disk(plan) == total + 2 * three.checkpoint
+    weights = tmp_path / "strange"
+    weights.mkdir()
+    (weights / "config.json").write_text('{"model_type": "mamba"}')
+    with (weights / "model.safetensors").open("wb") as stream:
+        stream.truncate(10**9)
+    plan = make_plan(parse_options([*flags, "--actor-model", str(weights)], {}))
+    assert preflight.planned_artifacts(plan) == preflight.planned_disk(plan) == 4 * 10**9
 
 
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,7 @@ def test_a_model_that_is_not_known_costs_a_line_only(tmp_path: Path) -> None:
 def test_preflight_refuses_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """13B in fp32 in 8 GB: refused with the remedy before anything starts; or, asked to, warned."""
     monkeypatch.setattr("launch.preflight.check_hub", lambda *a: (False, ""))
+    monkeypatch.setattr("launch.preflight.check_disk", lambda *a: [])
     argv = ["--actor-model", "facebook/opt-13b"]
     with pytest.raises(RequirementError, match=r"step 1: memory .*launch\.check_memory=false"):
         preflight(plan_of(tmp_path, *argv))
