@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from rlhf.data.judges import Judge, resolve_judge
 from rlhf.engine import comm
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.train import FrozenEngine
-from rlhf.engine.zero3 import kept_whole
 from rlhf.errors import UserError
 from rlhf.harness import StepRun
 from rlhf.report.answers import AnswerRecord, paired_gain, summarise
@@ -100,11 +97,11 @@ def _answers(
     answers = []
     engine = _base_engine(run, roles, tokenizer, base)
     if engine is not None:
-        answers.append(("base", evaluation.answers_of(engine, lambda: _whole(engine))))
+        answers.append(("base", evaluation.answers_of(engine)))
         del engine
-    answers.append(("sft", evaluation.answers_of(roles.reference, lambda: _whole(roles.reference))))
+    answers.append(("sft", evaluation.answers_of(roles.reference)))
     with roles.actor.evaluating():
-        answers.append(("ppo", evaluation.answers_of(roles.actor, lambda: _whole(roles.actor))))
+        answers.append(("ppo", evaluation.answers_of(roles.actor)))
     return answers
 
 
@@ -130,14 +127,6 @@ def _base_engine(
         run.say(f"the verdict is without the base model: {error}")
         return None
     return FrozenEngine(model, settings.reference_engine, dtype=roles.actor_dtype)
-
-
-@contextmanager
-def _whole(engine: Any) -> Iterator[None]:
-    """The engine's model as generation needs it: gathered, and with its own adapters."""
-    in_use = getattr(engine.module, "in_use", nullcontext)
-    with in_use(), kept_whole(engine.module.parameters()):
-        yield
 
 
 def _judge(run: StepRun) -> Judge | None:

@@ -12,7 +12,7 @@ from rlhf.config.schema import RLConfig
 from rlhf.data.judges import Judge
 from rlhf.engine import comm
 from rlhf.report.answers import AnswerRecord
-from rlhf.rollout import build_rollout
+from rlhf.rollout import build_rollout, gathering
 from step3_ppo.experience import answer_scores, generate, policy_log_probs
 from step3_ppo.roles import Roles
 from step3_ppo.rollout import Rollout
@@ -34,20 +34,20 @@ class Evaluation:
     judge: Judge | None
     seed: int
 
-    def answers_of(self, engine: Any, gather: Any) -> list[AnswerRecord]:
+    def answers_of(self, engine: Any) -> list[AnswerRecord]:
         """One sampled answer of `engine`'s model to each prompt, scored; over all ranks."""
         rollout_settings = self.settings.rollout.model_copy(update={"samples_per_prompt": 1})
         # One vLLM a process: it holds the policy's weights, and other models answer here too.
-        name = rollout_settings.engine
+        name = "continuous" if rollout_settings.engine == "vllm" else rollout_settings.engine
         sampler = build_rollout(
-            "continuous" if name == "vllm" else name,
+            name,
             engine,
             self.tokenizer,
             batch_size=rollout_settings.batch_size,
             stop=rollout_settings.stop,
             seed=self.seed,
             rank=comm.rank(),
-            gather=gather,
+            **gathering(rollout_settings.gather, name, engine.module).options,
         )
         size = data.Budget(self.settings.micro_batch_size, self.settings.micro_batch_tokens)
         temperature = rollout_settings.temperature

@@ -17,12 +17,11 @@ from rlhf.engine import comm
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.memory import peak_memory
 from rlhf.engine.train import TrainEngine
-from rlhf.engine.zero3 import kept_whole
 from rlhf.errors import ConfigError
 from rlhf.harness import StepRun, run_step
 from rlhf.report.answers import distinct_2
 from rlhf.resume import Keeper, Stateful
-from rlhf.rollout import build_rollout
+from rlhf.rollout import build_rollout, gathering
 from step3_ppo.conclude import conclude
 from step3_ppo.evaluate import answer_ids
 from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
@@ -163,6 +162,9 @@ class Trainer:
         self.ptx_batches = data.Replayable(self._ptx_batches)
         self.ptx = PtxBatches(self.ptx_batches, ppo.ptx_coef) if ppo.ptx_coef else None
         actor = self.roles.actor
+        how = gathering(rollout.gather, rollout.engine, actor.module)
+        if how.why:
+            self.run.say(f"to generate, the policy is {how.why}")
         self.sampler = build_rollout(
             rollout.engine,
             actor.deepspeed,
@@ -171,7 +173,7 @@ class Trainer:
             stop=rollout.stop,
             seed=self.run.config.seed,
             rank=self.run.rank,
-            gather=lambda: kept_whole(actor.module.parameters()),
+            **how.options,
         )
 
     @property

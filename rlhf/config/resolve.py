@@ -192,6 +192,7 @@ _NOT_DECISIVE = (
     "train.log_every",
     "micro_batch_size",
     "micro_batch_tokens",
+    "rollout.gather",
     "log_every",
 )
 

@@ -206,6 +206,12 @@ class RolloutConfig(Section):
         "trainer's process.",
     )
     hybrid_kernels: bool = doc(False, "With `hybrid`, DeepSpeed's inference kernels (GPU only).")
+    gather: Literal["auto", "always", "never"] = doc(
+        "auto",
+        "At ZeRO-3: `always` gathers the whole policy on each rank, once a rollout; `never` layer "
+        "by layer for every token, all ranks in step: slow, but no rank holds it whole; `auto`: "
+        "whole where it fits.",
+    )
     prompts: Positive = doc(64, "Prompts per iteration, over all ranks.")
     samples_per_prompt: Positive = doc(1, "Answers per prompt; group methods need 2 or more.")
     batch_size: Positive = doc(64, "Rows generated at once on a rank.")
@@ -218,6 +224,15 @@ class RolloutConfig(Section):
     importance_cap: float | None = doc(
         None, "With `vllm`: policy terms are weighted by p / p_vllm, at most this.", ge=1
     )
+
+    @model_validator(mode="after")
+    def _layer_by_layer(self) -> RolloutConfig:
+        if self.gather == "never" and self.engine != "continuous":
+            raise ValueError(
+                f"gather 'never' is for engine 'continuous', and {self.engine!r} needs the whole "
+                "policy on each rank: use gather auto, or the engine continuous"
+            )
+        return self
 
     @model_validator(mode="after")
     def _importance(self) -> RolloutConfig:
@@ -314,6 +329,12 @@ class RLConfig(Section):
             raise ValueError(
                 f"reference_engine.zero_stage {self.reference_engine.zero_stage}: reference and "
                 "reward model have no optimiser to shard; use 0 (whole) or 3 (weights sharded)"
+            )
+        stage = self.actor.engine.zero_stage
+        if self.rollout.gather == "never" and stage != 3:
+            raise ValueError(
+                f"rollout.gather 'never' leaves the policy in ZeRO-3's shards, and "
+                f"actor.engine.zero_stage is {stage}: set that to 3, or gather to auto"
             )
         n = self.rollout.samples_per_prompt
         if self.algorithm in ("grpo", "rloo") and n < 2:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 _largest = 0.0
 
 
@@ -32,6 +34,24 @@ def peak_since_last() -> float:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc
     return peak
+
+
+def available_memory() -> float | None:
+    """Bytes that this process could still take: of its GPU, or of the RAM that all here share.
+
+    None: the system does not say.
+    """
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return float(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    found = []
+    with suppress(OSError, IndexError, ValueError):  # not Linux
+        words = MEMINFO.read_text(encoding="ascii").split("MemAvailable:")[1].split()
+        found.append(float(words[0]) * 1024)
+    with suppress(OSError, ValueError):  # no such files, or `max`: no limit
+        limit = float((CGROUP / "memory.max").read_text(encoding="ascii"))
+        found.append(limit - float((CGROUP / "memory.current").read_text(encoding="ascii")))
+    return max(min(found), 0.0) if found else None
 
 
 def _peak() -> float:

@@ -17,6 +17,7 @@ from rlhf.plan.time import StepTime, step_time
 
 HEADROOM = 0.9  # of a device's memory may be planned: fragments, and the plan's own error
 MOST_CHANGES = 5
+GATHER, BY_LAYERS = "step3.rollout.gather", "the policy gathered layer by layer"
 # What a change costs: nothing but time; other rounding; another way to train.
 TIME_ONLY, ROUNDING, METHOD = 0, 1, 2
 
@@ -40,6 +41,16 @@ class Change:
     words: str
     values: Mapping[str, Any] = field(default_factory=dict)
     cost: int = TIME_ONLY
+
+
+def as_it_runs(config: RunConfig, step: int, shapes: Shapes, machine: Machine) -> RunConfig:
+    """`rollout.gather: auto` as the step decides it: whole where that fits, else layer by layer."""
+    if step < 3 or config.step3.rollout.gather != "auto":
+        return config
+    layers = list(_layer_by_layer(config, step))
+    if not layers or fits(step_memory(config, step, shapes, machine.ranks), machine):
+        return config
+    return apply(config, layers)
 
 
 def fits(memory: StepMemory, machine: Machine) -> bool:
@@ -118,7 +129,11 @@ def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]
     """Single changes that save memory; at most one of each kind is used."""
     world, on_cpu = machine.ranks.world, machine.ranks.on_cpu
     yield from _smaller_batches(config, step, world)
-    yield from _more_zero(config, step, world, on_cpu)
+    yield from _layer_by_layer(config, step)
+    for change in _more_zero(config, step, world, on_cpu):
+        yield change
+        if _shards_policy(change) and _can_go_by_layers(config, step):
+            yield _by_layers_too(change)
     models = _models(config, step)
     plain = [name for name, model in models.items() if not model.gradient_checkpointing]
     if plain:
@@ -135,7 +150,10 @@ def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]
                 values["step3.reference_engine.zero_stage"] = 3
                 values["step3.reference_engine.offload"] = "cpu"
             if values:
-                yield Change("zero", f"ZeRO {stage} with optimiser offload to RAM", values)
+                change = Change("zero", f"ZeRO {stage} with optimiser offload to RAM", values)
+                yield change
+                if _shards_policy(change) and _can_go_by_layers(config, step):
+                    yield _by_layers_too(change)
     wide = [name for name, model in models.items() if dtype_of(model, on_cpu) == "float32"]
     if wide:
         yield Change("dtype", "bfloat16", {f"{name}.dtype": "bfloat16" for name in wide}, ROUNDING)
@@ -201,6 +219,24 @@ def _more_zero(config: RunConfig, step: int, world: int, on_cpu: bool) -> Iterat
         yield Change("zero", "ZeRO 3 for all four models", values)
         yield Change("reference", "reference and reward model ZeRO 3",
                      {"step3.reference_engine.zero_stage": 3})  # fmt: skip
+
+
+def _can_go_by_layers(config: RunConfig, step: int) -> bool:
+    rollout = config.step3.rollout
+    return step == 3 and rollout.engine == "continuous" and rollout.gather != "never"
+
+
+def _layer_by_layer(config: RunConfig, step: int) -> Iterator[Change]:
+    if _can_go_by_layers(config, step) and config.step3.actor.engine.zero_stage == 3:
+        yield Change("gather", BY_LAYERS, {GATHER: "never"})
+
+
+def _shards_policy(change: Change) -> bool:
+    return change.values.get("step3.actor.engine.zero_stage") == 3
+
+
+def _by_layers_too(change: Change) -> Change:
+    return Change(change.kind, f"{change.words}, {BY_LAYERS}", {**change.values, GATHER: "never"})
 
 
 def _models(config: RunConfig, step: int) -> dict[str, Any]:

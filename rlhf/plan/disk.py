@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rlhf.config.schema import RunConfig
-from rlhf.plan.engines import effective_stage
 from rlhf.plan.roles import Ranks, Role, Shapes, ppo_roles, step_role
 
 
@@ -37,7 +36,7 @@ def step_disk(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> Ste
     if config.step3.ppo.ema_decay:
         actor = roles[0]
         artifact += published(actor)
-        shares = 1 if effective_stage(actor.engine, actor.dtype) == 3 else ranks.world
+        shares = 1 if actor.stage == 3 else ranks.world
         checkpoint += 4.0 * actor.trained * shares
     return StepDisk(artifact, checkpoint, kept)
 
@@ -59,6 +58,5 @@ def published(role: Role) -> float:
 def saved(role: Role) -> float:
     """DeepSpeed's files: weights that train in the model's dtype, AdamW's two moments in fp32, and
     from stage 1 on an fp32 master copy; at stage 3 that copy stands for the weights."""
-    stage = effective_stage(role.engine, role.dtype)
-    per_parameter = {0: role.size + 8.0, 3: 12.0}.get(stage, role.size + 12.0)
+    per_parameter = {0: role.size + 8.0, 3: 12.0}.get(role.stage, role.size + 12.0)
     return per_parameter * role.trained

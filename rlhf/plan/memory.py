@@ -126,8 +126,14 @@ def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> d
     }
     held_out = Batch(sides * section.train.eval_batch_size, width, counted)
     moments["evaluate"] = resident + _reading(role, held_out)
-    moments["publish"] = resident + Parts(host=role.whole)
+    moments["publish"] = resident + _copied(role.whole, ranks)
     return moments
+
+
+def _copied(whole: float, ranks: Ranks) -> Parts:
+    """What is published, which rank 0 alone copies to RAM. On a CPU that rank decides; beside GPUs
+    each has its share of the machine's RAM, and so of the copy."""
+    return Parts(host=whole if ranks.on_cpu else whole / min(ranks.per_node, ranks.world))
 
 
 def _within(tokens: int | None, rows: int, width: int) -> int:
@@ -172,8 +178,7 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
     if rl.rollout.engine == "vllm" and ranks.on_cpu:
         resident += vllm_parts(actor, rl, 0, 0, on_cpu=True)  # on a GPU it sleeps meanwhile
     if rl.ppo.ema_decay:
-        sharded = effective_stage(actor.engine, actor.dtype) == 3
-        resident += Parts(optimizer=4.0 * actor.trained / (ranks.world if sharded else 1))
+        resident += Parts(optimizer=4.0 * actor.trained / (ranks.world if actor.stage == 3 else 1))
     prompt = rl.rollout.max_prompt_length or config.step1.max_prompt_length
     answer = rl.rollout.max_new_tokens
     rows = max(rl.rollout.prompts // ranks.world, 1) * rl.rollout.samples_per_prompt
@@ -202,7 +207,7 @@ def _ppo(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
         resident + base.bytes.resident + generation(base, rl, asked, prompt, on_cpu=ranks.on_cpu)
     )
     copies = sum(role.whole for role in roles.values() if role.trains)
-    moments["publish"] = resident + Parts(host=copies)
+    moments["publish"] = resident + _copied(copies, ranks)
     return moments
 
 

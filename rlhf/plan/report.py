@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.schema import RunConfig
-from rlhf.plan.advise import Change, Machine, advise, apply, fits, most_sparing, time_with
+from rlhf.plan.advise import (
+    Change,
+    Machine,
+    advise,
+    apply,
+    as_it_runs,
+    fits,
+    most_sparing,
+    time_with,
+)
 from rlhf.plan.disk import StepDisk, step_disk
 from rlhf.plan.memory import StepMemory, step_memory, summary
 from rlhf.plan.roles import Shapes
@@ -34,6 +43,7 @@ class StepReport:
 
 def plan_step(config: RunConfig, step: int, shapes: Shapes, machine: Machine) -> StepReport:
     """`config` as the step gets it (`resolve_step`)."""
+    config = as_it_runs(config, step, shapes, machine)
     memory = step_memory(config, step, shapes, machine.ranks)
     time = time_with(config, step, shapes, machine)
     disk = step_disk(config, step, shapes, machine.ranks)
@@ -63,14 +73,9 @@ def _remedy(report: StepReport) -> str:
     if not report.changes:
         worst = report.after.moments[report.after.worst].named()
         most = max(worst, key=lambda name: worst[name])
-        reason = (
-            ""
-            if report.after.worst not in ("generate", "verdict")
-            else (": a rank that generates holds the whole policy")
-        )
         return (
             f"nothing makes it fit: with all that saves memory {size(report.after.peak)} are left "
-            f"({report.after.worst}: {most} {size(worst[most])}{reason}). "
+            f"({report.after.worst}: {most} {size(worst[most])}). "
             "Use larger devices or a smaller model"
         )
     words = ", ".join(change.words for change in report.changes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config.schema import EngineConfig, ModelConfig, RunConfig
-from rlhf.plan.engines import SIZES, EngineBytes, engine_bytes
+from rlhf.plan.engines import SIZES, EngineBytes, effective_stage, engine_bytes
 from rlhf.plan.lora import adapter_parameters
 from rlhf.plan.shapes import ModelShape
 
@@ -46,6 +46,11 @@ class Role:
     trained: int
     """Parameters with gradients; 0 of a frozen role."""
     bytes: EngineBytes
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that it runs at."""
+        return effective_stage(self.engine, self.dtype, self.trains)
 
     @property
     def size(self) -> int:

@@ -73,6 +73,9 @@ def generation(role: Role, rl: RLConfig, rows: int, prompt: int, *, on_cpu: bool
         return role.bytes.whole + Parts(
             weights=role.whole, kv_cache=per_column * slots * columns, logits=logits
         )
+    if rollout.gather == "never" and role.stage == 3:
+        # What DeepSpeed leaves gathered from one layer to the next, as in any forward.
+        return role.bytes.forward + Parts(activations=reading, logits=logits, kv_cache=kv_cache)
     # With vLLM the verdict's models answer through `continuous`.
     packed = 0.0 if rollout.engine == "hybrid" else repacked(role, on_cpu=on_cpu)
     return role.bytes.whole + Parts(

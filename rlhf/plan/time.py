@@ -56,13 +56,12 @@ def training_flops(role: Role, tokens: float, width: float) -> float:
 
 def sent_per_step(role: Role, world: int, passes: int) -> float:
     """Bytes that a rank sends in one optimiser step of `passes` micro-batches."""
-    stage = effective_stage(role.engine, role.dtype, role.trains)
     total, trained = role.whole / role.size, role.trained
     share = role.size * (world - 1) / world
     per_stage = {0: 2.0, 1: 3.0, 2: 2.0 * passes + 1.0}
-    if stage == 3:
+    if role.stage == 3:
         return share * passes * (2.0 * total + trained)  # gathered twice, reduced once
-    return share * trained * per_stage[stage]
+    return share * trained * per_stage[role.stage]
 
 
 def offload_seconds(role: Role, world: int, passes: int, speeds: Speeds) -> float:
@@ -72,7 +71,7 @@ def offload_seconds(role: Role, world: int, passes: int, speeds: Speeds) -> floa
         return 0.0
     share = role.trained / world
     moved = 2.0 * role.size * share
-    if effective_stage(role.engine, role.dtype, role.trains) == 3:
+    if role.stage == 3:
         moved += (2.0 if role.trains else 1.0) * passes * role.whole / world
     return moved / speeds.host + 28.0 * share / speeds.host_memory
 
@@ -112,8 +111,8 @@ def _ppo_time(
     for role in roles.values():
         forward = forward_flops(role.shape, mine * width, width, head=not role.scalar)
         compute += forward / speeds.flops  # act 2: each model reads the answers
-        stage_3 = effective_stage(role.engine, role.dtype, role.trains) == 3
-        sent += passes * role.whole * (ranks.world - 1) / ranks.world if stage_3 else 0.0
+        shards = role.stage == 3
+        sent += passes * role.whole * (ranks.world - 1) / ranks.world if shards else 0.0
         if role.trains:
             compute += rl.ppo.epochs * training_flops(role, mine * width, width) / speeds.flops
             steps = rl.ppo.epochs * rl.ppo.minibatches
@@ -123,11 +122,11 @@ def _ppo_time(
         else:
             offload += offload_seconds(role, ranks.world, passes, speeds)
     actor = roles["actor"]
-    if effective_stage(actor.engine, actor.dtype) == 3:
-        sent += actor.whole * (ranks.world - 1) / ranks.world  # gathered once for generation
-    generate = generation_seconds(
-        actor, speeds, mine, min(rl.rollout.batch_size, mine), prompt, answer
-    )
+    slots = min(rl.rollout.batch_size, mine)
+    if actor.stage == 3:  # gathered for generation: once, or for each forward of each turn
+        times = -(-mine // slots) * answer if rl.rollout.gather == "never" else 1
+        sent += times * actor.whole * (ranks.world - 1) / ranks.world
+    generate = generation_seconds(actor, speeds, mine, slots, prompt, answer)
     send = sent / wire
     offload = 0.0 if ranks.on_cpu else offload
     total = compute + generate + send + offload

@@ -11,6 +11,7 @@ from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 
 from rlhf.errors import ConfigError
 from rlhf.rollout.continuous import ContinuousRollout
+from rlhf.rollout.gathering import Gathering, gathering
 from rlhf.rollout.generation import Generation
 from rlhf.rollout.hybrid import HybridRollout
 from rlhf.rollout.vllm import VLLMRollout
@@ -25,12 +26,14 @@ ROLLOUTS: dict[str, type[ContinuousRollout] | type[HybridRollout] | type[VLLMRol
 __all__ = [
     "ROLLOUTS",
     "ContinuousRollout",
+    "Gathering",
     "Generation",
     "HybridRollout",
     "RolloutRequest",
     "SamplingConfig",
     "VLLMRollout",
     "build_rollout",
+    "gathering",
 ]
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -14,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from rlhf import models
 from rlhf.algo.advantages import whiten
+from rlhf.config.load import load_config
+from rlhf.config.resolve import resolve_step
 from rlhf.config.schema import EngineConfig
 from rlhf.engine import comm
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.zero3 import kept_whole
-from rlhf.rollout import RolloutRequest, SamplingConfig, build_rollout
+from rlhf.harness import StepRun
+from rlhf.rollout import RolloutRequest, SamplingConfig, build_rollout, gathering
 from step1_sft.main import sft_step
+from step3_ppo.main import main as step3_main
 from step3_ppo.update import update
 from tests.unit import model_help as help_
 from tests.unit.steps_help import ppo_settings, scored_rollout
@@ -153,6 +159,71 @@ def uneven_rollout(out: Path) -> None:
         torch.save(widths, out / "uneven.pt")
 
 
+def live(module: Any) -> int:
+    """Elements of sharded parameters that are whole on this rank now."""
+    return sum(p.ds_numel for p in module.parameters() if p.ds_status == ZeroParamStatus.AVAILABLE)
+
+
+def layer_by_layer(out: Path) -> None:
+    """Answers, losses and what was whole at once, with the policy gathered whole and by layers."""
+    eager = out / "eager.json"  # nothing stays gathered longer than its module's forward
+    names = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size",
+             "param_persistence_threshold")  # fmt: skip
+    eager.write_text(json.dumps({"zero_optimization": {f"stage3_{name}": 0 for name in names}}))
+    found = {}
+    for how in ("always", "never"):
+        torch.manual_seed(0)
+        zero3 = EngineConfig(zero_stage=3, deepspeed_config=str(eager))
+        engine = help_.train_engine(
+            help_.load_policy(name=help_.lively(), engine=zero3), engine=zero3
+        )
+        most: list[int] = []
+        for module in engine.module.modules():
+            if not list(module.children()):
+                count = lambda *_, e=engine, seen=most: seen.append(live(e.module))
+                module.register_forward_hook(count)
+        sampler = build_rollout(
+            "continuous", engine.deepspeed, help_.tokenizer(), batch_size=2, seed=1,
+            rank=comm.rank(), **gathering(how, "continuous", engine.module).options,
+        )  # fmt: skip
+        rows = 2 if comm.rank() == 0 else 5  # ranks with unequal work
+        ids = torch.randint(3, 200, (rows, 6), generator=torch.Generator().manual_seed(4))
+        made, losses, whole = [], [], []
+        for _ in range(2):
+            most.clear()
+            with engine.evaluating():
+                answers = sampler.generate(
+                    RolloutRequest(ids, torch.ones_like(ids)), SamplingConfig(max_new_tokens=12)
+                )
+            whole.append(max(most, default=0))
+            made.append([answers.input_ids, answers.log_probs])
+            losses.append(sft_step(engine, help_.sft_batches(help_.sft_rows(4), 2)))
+        total = sum(p.ds_numel for p in engine.module.parameters())
+        found[how] = comm.gather_lists([(made, losses, whole, total, sampler.stats.idle)])
+    if comm.rank() == 0:
+        torch.save(found, out / "layers.pt")
+
+
+def step_3(out: Path) -> None:
+    """The whole step, with all models in shards, gathered whole and by layers."""
+    for how in ("always", "never"):
+        settings = {
+            "step3.rollout": {"gather": how, "prompts": 8, "batch_size": 2, "max_new_tokens": 8,
+                              "max_prompt_length": 40},
+            "step3.actor.engine.zero_stage": 3, "step3.critic.engine.zero_stage": 3,
+            "step3.reference_engine.zero_stage": 3, "step3.iterations": 2,
+            "step3.micro_batch_size": 4, "step3.eval.prompts": 4, "step3.log_every": 1,
+            "data.cache_dir": str(out / "cache"), "track.trackers": [], "data.max_train_rows": 40,
+        }  # fmt: skip
+        resolved = resolve_step(
+            load_config(None, settings), 3, run_dir=out / f"step3-{how}", world_size=2,
+            parents={"sft": help_.lively(), "reward": help_.reward_dir()},
+        )  # fmt: skip
+        run = StepRun(resolved, comm.rank())
+        run.step_dir.mkdir(parents=True, exist_ok=True)
+        step3_main(run)
+
+
 PARTS: dict[str, Callable[[Path], None]] = {
     "sums": sums,
     "zero0": lambda out: stage(out, 0),
@@ -162,6 +233,8 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "scalar": scalar,
     "ppo": ppo,
     "uneven": uneven_rollout,
+    "layers": layer_by_layer,
+    "step3": step_3,
 }
 
 

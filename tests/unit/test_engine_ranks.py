@@ -5,7 +5,9 @@ The two ranks do all of their work in one start (tests/unit/engine_worker.py).
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,12 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from launch.ports import free_port
 from rlhf.algo.advantages import whiten
+from rlhf.track import read_metrics
 from step1_sft.main import sft_step
 from step3_ppo.update import update
 from tests.unit import model_help as help_
 from tests.unit.steps_help import ppo_settings, scored_rollout
 
-TIMEOUT = 150
+TIMEOUT = 240
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +188,37 @@ def test_generation_under_zero_3_does_not_wait_for_the_other_rank(ranks: Path) -
     """Answers of 3 tokens on one rank and of up to 17 on the other; then training goes on."""
     short, long = load(ranks, "uneven")
     assert short <= 3 < long
+
+
+def test_layer_by_layer_is_the_same_as_whole(ranks: Path) -> None:
+    """Issue 3: with `gather: never` two ranks with unequal work answer with the same tokens and
+    log-probs, training goes on alike, and the policy is never whole on a rank."""
+    found = load(ranks, "layers")
+    for whole, layers in zip(found["always"], found["never"], strict=True):
+        for ours, theirs in zip(layers[0], whole[0], strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            torch.testing.assert_close(ours[1], theirs[1], atol=5e-5, rtol=0)
+        for one, other in zip(layers[1], whole[1], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+        _, _, most, total, _ = layers
+        assert whole[2] == [total, total]
+        assert max(most) < total / 3, "one module at a time; the embedding is the largest"
+        assert whole[4] == 0
+    assert [rank[4] > 0 for rank in found["never"]] == [True, False]
+
+
+def test_step_3_without_ever_gathering_the_policy(ranks: Path) -> None:
+    """The same losses, figures and verdict, all four models in shards."""
+    whole, layers = (
+        read_metrics(ranks / f"step3-{how}" / "step3_ppo" / "metrics.jsonl")
+        for how in ("always", "never")
+    )
+    assert len(whole) == len(layers) == 2
+    for one, other in zip(whole, layers, strict=True):
+        same = {k: v for k, v in other.items() if not re.search("second|memory|time", k)}
+        assert {k: one[k] for k in same} == pytest.approx(same, rel=1e-4, abs=1e-5)
+    verdicts = [
+        json.loads((ranks / f"step3-{how}" / "step3_ppo" / "verdict.json").read_text())
+        for how in ("always", "never")
+    ]
+    assert verdicts[0]["samples"] == verdicts[1]["samples"]

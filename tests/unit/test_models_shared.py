@@ -15,8 +15,7 @@ from rlhf import models
 from rlhf.config.schema import RLConfig
 from rlhf.engine.checkpoint import load_engine, save_engine
 from rlhf.errors import ConfigError
-from rlhf.rollout import build_rollout
-from step3_ppo.conclude import _whole
+from rlhf.rollout import build_rollout, gathering
 from step3_ppo.experience import generate, score
 from step3_ppo.roles import load_roles
 from step3_ppo.update import update
@@ -139,8 +138,10 @@ def test_each_answers_as_itself(family: str) -> None:
     tokens = []
     for roles in (shared, alone):
         for engine in (roles.actor, roles.reference):
-            sampler = build_rollout("continuous", engine, help_.tokenizer(family), batch_size=4,
-                                    gather=lambda engine=engine: _whole(engine))  # fmt: skip
+            how = gathering("auto", "continuous", engine.module).options
+            sampler = build_rollout(
+                "continuous", engine, help_.tokenizer(family), batch_size=4, **how
+            )
             tokens.append(generate(sampler, prompts, settings(True).rollout).input_ids)
     assert torch.equal(tokens[0], tokens[2])
     assert torch.equal(tokens[1], tokens[3])

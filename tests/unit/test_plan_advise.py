@@ -17,6 +17,7 @@ from rlhf.plan.known import known_config
 from rlhf.plan.memory import step_memory
 from rlhf.plan.roles import Ranks, Shapes
 from rlhf.plan.shapes import shape_of
+from rlhf.plan.time import step_time
 
 SPEEDS = gpu_speeds("a100-80g")
 
@@ -96,14 +97,15 @@ def test_the_fastest_way_may_need_no_change() -> None:
 
 
 def test_what_cannot_fit_is_said_with_its_reason() -> None:
-    """66B in bfloat16 are 132 GB, and each rank that generates gathers them."""
+    """66B in bfloat16 are 132 GB, and vLLM has them whole on each rank."""
     place = machine(64, 80e9)
-    found = report.plan_step(load_config(None), 3, shapes("facebook/opt-66b"), place)
+    config = load_config(None, {"step3.rollout.engine": "vllm"})
+    found = report.plan_step(config, 3, shapes("facebook/opt-66b"), place)
     assert not found.fits
     assert found.changes is None
     text = " ".join(report.lines(found, place))
     assert "DOES NOT FIT" in text
-    assert "holds the whole policy" in text
+    assert "nothing makes it fit" in text
     assert report.as_json(found)["change"] is None
 
 
@@ -133,3 +135,41 @@ def test_unknown_memory_is_no_obstacle() -> None:
 @pytest.mark.parametrize(("value", "text"), [(12.34e9, "12.3 GB"), (5e6, "5 MB"), (2e12, "2 TB")])
 def test_sizes_in_words(value: float, text: str) -> None:
     assert report.size(value) == text
+
+
+ZERO3 = {f"step3.{place}.zero_stage": 3
+         for place in ("actor.engine", "critic.engine", "reference_engine")}  # fmt: skip
+
+
+def test_layer_by_layer_needs_no_whole_policy() -> None:
+    """By hand, 66B in bfloat16 on 64: the whole and what is repacked, or DeepSpeed's 1e9 elements;
+    every token of every turn then sends all weights."""
+    names, ranks = shapes("facebook/opt-66b"), Ranks(64, False, 8)
+    whole, layers = (
+        load_config(None, {**ZERO3, "step3.rollout.gather": how}) for how in ("always", "never")
+    )
+    at = [step_memory(config, 3, names, ranks).moments["generate"] for config in (whole, layers)]
+    shape = names.actor
+    repacked = 2 * shape.layers * sum(linear.size for linear in shape.linears[:3])
+    assert at[0].total - at[1].total == 2 * shape.causal + repacked - 2 * 1e9
+    sent = [step_time(c, 3, names, ranks, SPEEDS).sent for c in (whole, layers)]
+    answer, turns = whole.step3.rollout.max_new_tokens, 1
+    once = 2 * shape.causal * 63 / 64
+    assert sent[1] - sent[0] == pytest.approx((answer * turns - 1) * once)
+
+
+def test_auto_is_planned_as_it_decides() -> None:
+    """Whole where that fits the device, else layer by layer: then no change is needed."""
+    config, names = load_config(None, ZERO3), shapes("facebook/opt-66b")
+    place = machine(64, 80e9)
+    assert not fits(step_memory(config, 3, names, place.ranks), place)
+    found = report.plan_step(config, 3, names, place)
+    assert found.fits
+    always = load_config(None, {**ZERO3, "step3.rollout.gather": "always"})
+    refused = report.plan_step(always, 3, names, place)
+    assert not refused.fits
+    assert refused.changes is not None
+    assert [c.words for c in refused.changes] == ["the policy gathered layer by layer"]
+    small = shapes("facebook/opt-125m")
+    whole = step_memory(config, 3, small, place.ranks)
+    assert report.plan_step(config, 3, small, place).memory == whole

@@ -38,14 +38,16 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_issues_example_needs_no_network(capsys: pytest.CaptureFixture[str]) -> None:
-    """66B on 64 x 80 GB: steps 1 and 2 fit when sharded, step 3 does not, and says why."""
+    """66B on 64 x 80 GB: all steps fit when sharded, step 3 if it generates layer by layer."""
     code = train.main(
         ["plan", "--gpus", "64", "--gpu-memory", "80GB", "--actor", "facebook/opt-66b"]
     )
     text = capsys.readouterr().out
     assert code == 1
     assert re.search(r"step 1 .*DOES NOT FIT\n.*cheapest change that fits: ZeRO 3 ", text)
-    assert re.search(r"step 3 .*DOES NOT FIT\n.*holds the whole policy", text)
+    remedy = "ZeRO 3 for all four models, the policy gathered layer by layer"
+    assert re.search(rf"step 3 .*DOES NOT FIT\n.*cheapest change that fits: {remedy} ", text)
+    assert "step3.rollout.gather=never" in text
 
 
 def test_json_and_exit_code_where_all_fits(capsys: pytest.CaptureFixture[str]) -> None:
