@@ -117,19 +117,26 @@ def prove_result(
     Raises StepFailed, or the ConfigError or RequirementError that a rank recorded.
     """
     step, logs = item.step, run.logs(item.step)
-    artifact = run.step_dir(step) / "artifact"
-    problem = ""
-    manifest = None
-    try:
-        manifest = verify(artifact, KINDS[step])
-        if stamp(run, step) == before:
-            problem, manifest = f"{artifact} is that of an earlier run, none was published", None
-    except ArtifactError as error:
-        problem = str(error)
+    manifest, problem = published_since(run, step, before)
     absent = ranks.unfinished(logs, item.resolved.world_size, wait=item.spec.nodes is not None)
     if manifest is None or absent or failure.read_records(logs):
         raise failure.explain(step, outcome, logs, problem, absent)
     return manifest
+
+
+def published_since(
+    run: RunDir, step: int, before: tuple[int, int] | None
+) -> tuple[Manifest | None, str]:
+    """(the manifest of an artifact that verifies and is not the one of `before`, ""), or (None,
+    what is wrong)."""
+    artifact = run.step_dir(step) / "artifact"
+    try:
+        manifest = verify(artifact, KINDS[step])
+    except ArtifactError as error:
+        return None, str(error)
+    if stamp(run, step) == before:
+        return None, f"{artifact} is that of an earlier run, none was published"
+    return manifest, ""
 
 
 def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str:
@@ -203,4 +210,14 @@ def _works(owner: str) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    return not _is_zombie(int(number))
+
+
+def _is_zombie(pid: int) -> bool:
+    """Ended, and its parent has not asked how: a number without a process."""
+    try:
+        # "pid (name) state ...": the name may hold spaces and brackets
+        stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:  # not Linux, or gone meanwhile: the next look will tell
+        return False
+    return stat[:1] == [b"Z"]

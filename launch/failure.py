@@ -15,8 +15,10 @@ from rlhf.errors import ConfigError, RequirementError, StepFailed, UserError
 
 TAIL_LINES = 20
 TRACEBACK = 12
+# CUDA's words, torch's CPU allocator's, the system's, Python's and numpy's, C++'s, oneDNN's.
 _MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|can't allocate memory|cannot allocate memory|\bMemoryError\b",
+    r"out of memory|OutOfMemoryError|can't allocate memory|cannot allocate memory|MemoryError\b|"
+    r"unable to allocate .* for an array|std::bad_alloc|could not create a memory object",
     re.IGNORECASE,
 )
 _KILLED = re.compile(r"Signal 9 \(SIGKILL\)|return code = -9|exitcode\s*: -9")
@@ -146,7 +148,7 @@ def ending(code: int) -> str:
 
 def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> str:
     """What to change: known causes by their settings, else what the rank advised."""
-    said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
+    said = _said(records, output)
     killed = was_killed(outcome, records, output)
     if killed or _MEMORY.search(said):
         return memory_remedy(step, killed)
@@ -168,14 +170,25 @@ def was_killed(outcome: Outcome, records: list[Record], output: str) -> bool:
     """Was one of its processes killed (SIGKILL) from outside?"""
     # On several nodes it is the launcher's code, and says nothing of the ranks.
     alone = not outcome.spread and outcome.code == -signal.SIGKILL
-    return alone or bool(not records and _KILLED.search(output))
+    return alone or bool(not _causes(records) and _KILLED.search(output))
 
 
 def is_memory(outcome: Outcome, records: list[Record], *, killed_counts: bool) -> bool:
     """Did it run out of memory? `killed_counts`: the kernel has killed for memory meanwhile."""
     output = outcome.output()
-    said = "\n".join(f"{record.type}: {record.message}" for record in records) or output
-    return bool(_MEMORY.search(said)) or (killed_counts and was_killed(outcome, records, output))
+    return bool(_MEMORY.search(_said(records, output))) or (
+        killed_counts and was_killed(outcome, records, output)
+    )
+
+
+def _causes(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if not record.is_echo]
+
+
+def _said(records: Iterable[Record], output: str) -> str:
+    """What the ranks recorded; the log, where the one that failed first left no record (C++ aborts,
+    a kill) and the others only tell that it is gone."""
+    return "\n".join(f"{record.type}: {record.message}" for record in _causes(records)) or output
 
 
 def memory_remedy(step: int, killed: bool) -> str:

@@ -13,6 +13,7 @@ from launch.supervise import Outcome
 from rlhf.config.load import flatten, with_values
 from rlhf.config.resolve import BATCH_KEYS
 from rlhf.errors import StepFailed, UserError
+from rlhf.plan.advise import rows_per_step
 from rlhf.store import Manifest, RunDir, write_json_atomic
 from rlhf.store.checkpoints import newest
 from rlhf.store.files import disk_errors, remove
@@ -41,6 +42,12 @@ def run_step(
             memory = failure.is_memory(outcome, records, killed_counts=oom_kills() > kills)
             if any(record.exit_code in (2, 3) for record in records):
                 raise
+            done, _ = execute.published_since(run, item.step, before)
+            if done and (restarts > 0 or (memory and launched.auto_batch)):
+                # What failed came after it: starting again would find the step done.
+                print(f"\n{error}\n\nstep {item.step}: its artifact had been published and "
+                      "verifies, so it is done and not started again", flush=True)  # fmt: skip
+                return done, outcome
             if any(record.type == "Diverged" for record in records):
                 item, why = _rolled_back(run, item, error)
             elif memory and launched.auto_batch:
@@ -99,8 +106,11 @@ def _rolled_back(run: RunDir, item: StepPlan, error: UserError) -> tuple[StepPla
 
 def _smaller(item: StepPlan, error: UserError) -> tuple[StepPlan, str]:
     """Half the micro-batch, by rows and by tokens; the optimiser's batch, so the result, stays."""
-    rows = BATCH_KEYS[item.step][1]
-    flat = flatten(item.resolved.config.model_dump())
+    rows, resolved = BATCH_KEYS[item.step][1], item.resolved
+    flat = flatten(resolved.config.model_dump())
+    # More than a rank's share is never read at once: halving that would change nothing.
+    share = -(-rows_per_step(resolved.config, item.step) // resolved.world_size)
+    flat[rows] = min(int(flat[rows]), share)
     changes = {
         key: int(flat[key]) // 2
         for key in (rows, rows.replace("micro_batch_size", "micro_batch_tokens"))

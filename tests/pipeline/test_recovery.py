@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.guard import descendants, is_rank
+from rlhf.models.tiny import build_tiny
 from rlhf.store import verify
 from rlhf.store.checkpoints import checkpoints
 from rlhf.track import read_metrics
@@ -102,3 +105,31 @@ def test_a_driver_that_is_told_to_stop_saves(
     verify(step_dir / "artifact", "sft")
     assert digests(step_dir) == digests(whole)
     assert figures(step_dir) == figures(whole)
+
+
+LIMIT = 3_850_000_000  # bytes of address space: 64 rows take 4.3e9, 32 take 3.4e9
+
+
+def test_auto_batch_finds_what_fits(root: Path) -> None:
+    """--auto-batch with a real lack of memory: the kernel refuses a rank its pages, torch says so,
+    and the same optimiser step goes through in halves."""
+    size = {"hidden": 64, "layers": 8, "heads": 4, "mlp": 176, "positions": 512}
+    build_tiny("llama", help_.TEXTS, root / "long", seed=3, vocab_size=300, size=size)
+    rows = [{"prompt": f"Question {i}:", "response": f" {i} is a number." * 100} for i in range(90)]
+    (root / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        sys.executable, str(help_.ROOT / "train.py"), "--step", "1", "--name", "tight",
+        "--output-dir", str(root), "--actor-model", str(root / "long"), "--auto-batch",
+        "--data-path", str(root / "long.jsonl"), f"data.cache_dir={root / 'cache'}",
+        "data.split=1,0,0", "step1.max_prompt_length=64", "step1.max_length=512",
+        "step1.train.max_steps=1", "step1.train.batch_size=64", "step1.train.micro_batch_size=96",
+        "step1.train.eval_batch_size=2", "track.trackers=[]",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=root, text=True, capture_output=True, timeout=200, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    told = "out of memory; --auto-batch sets step1.train.micro_batch_size 64 -> 32"
+    assert done.stdout.count(told) == done.stdout.count("--auto-batch sets") == 1
+    verify(root / "tight" / "step1_sft" / "artifact", "sft")

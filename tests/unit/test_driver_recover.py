@@ -173,3 +173,23 @@ def test_the_fake_checkpoint_is_a_checkpoint(driver, run: RunDir) -> None:
     assert driver(fake="save_and_fail", step=1)[0] == 1
     place = make_checkpoint(run.path, 1, read(run.resolved(1)), position=9)
     assert checkpoints.verify_checkpoint(place).position == 9
+
+
+def test_auto_batch_halves_what_a_rank_reads_at_once(driver, run: RunDir) -> None:
+    """A micro-batch over a rank's share is its share: 64 of 16 rows would fail twice more."""
+    flags = ("--auto-batch", "step1.train.micro_batch_size=64", "step1.train.batch_size=16")
+    code, out, _ = driver(*flags, fake="memory,ok", step=1)
+    assert code == 0
+    assert "step1.train.micro_batch_size 16 -> 8" in out
+
+
+@pytest.mark.parametrize("after", ["no_marker", "record_after"])
+def test_what_is_published_is_not_made_again(driver, run: RunDir, after: str) -> None:
+    """A rank fails after publishing: --max-restarts leaves a step alone that the same command
+    would find done. Without restarts it is a failure, as before."""
+    code, out, _ = driver("--max-restarts", "1", fake=f"{after},ok", step=1)
+    assert code == 0, out
+    assert "its artifact had been published and verifies" in out
+    assert len(attempts(run, 1)) == 1
+    assert driver("--force", fake=after, step=1)[0] == 1
+    assert "already done" in driver("--dry-run")[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -16,6 +17,7 @@ import pytest
 
 import launch.plan
 import train
+from launch.execute import _works
 from launch.launchers import LAUNCHERS
 from launch.spec import PROJECT_ROOT
 from rlhf.store import RunDir, read_manifest
@@ -314,6 +316,19 @@ def test_one_driver_per_run_directory(driver, tmp_path: Path) -> None:
         code, _, err = driver("--step", "1")
     assert code == 3
     assert "another train.py is working" in err
+
+
+def test_a_driver_that_has_ended_works_no_more() -> None:
+    """A zombie, whose parent has not asked for its end yet, still has its number."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = f"{child.pid} {platform.node()}"
+    assert _works(owner)
+    assert child.stdin is not None
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and not asked for
+    assert not _works(owner)
+    child.wait()
+    assert not _works(owner)
 
 
 DRIVE = """

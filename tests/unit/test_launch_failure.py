@@ -72,7 +72,11 @@ def test_a_users_mistake_is_shown_alone(tmp_path: Path, code: int, kind: type) -
     [
         {"type": "OutOfMemoryError", "message": "CUDA out of memory. Tried to allocate 2 GiB"},
         {"type": "RuntimeError", "message": "DefaultCPUAllocator: can't allocate memory: 9 bytes"},
+        {"type": "_ArrayMemoryError", "message": "Unable to allocate 2 GiB for an array with..."},
+        {"type": "OSError", "message": "[Errno 12] Cannot allocate memory"},
+        {"type": "RuntimeError", "message": "could not create a memory object"},
         {"output": "torch.OutOfMemoryError: CUDA out of memory.\n"},
+        {"output": "terminate called after throwing an instance of 'std::bad_alloc'\n", "code": -6},
         {"code": -9},
         {"output": "...launch.py... exits with return code = -9\n"},
     ],
@@ -123,3 +127,13 @@ def test_old_records_are_cleared(tmp_path: Path) -> None:
     told(tmp_path, type="X", message="m")
     failure.clear_records(tmp_path)
     assert failure.read_records(tmp_path) == []
+
+
+@pytest.mark.parametrize("sign", ["exits with return code = -9", "what():  std::bad_alloc"])
+def test_a_rank_that_died_without_a_word_is_heard_over_the_others(
+    tmp_path: Path, sign: str
+) -> None:
+    """The others' records only say that it is gone: the log knows of what."""
+    echo = {"type": "RuntimeError", "message": "Connection closed by peer [127.0.0.1]:4242"}
+    text = str(told(tmp_path, output=f"{sign}\n", **echo))
+    assert "out of memory" in text.split("Remedy: ")[1]
