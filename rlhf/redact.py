@@ -37,8 +37,10 @@ _SECRET_FIELD = (
     r"|awsaccesskeyid|googleaccessid|key-pair-id|policy|auth|authorization)"
 )
 _END = r"\s\"'<>\\"  # what cannot be inside a URL where text is quoted, listed or escaped
-_URL = re.compile(rf"://[^{_END}]+")
+_URL = re.compile(rf"(\b(?:abfss?|wasbs?|az))?://[^{_END}]+", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^/@?#]+@")
+# Azure's scheme://container@account: what has no colon names a place.
+_CONTAINER = re.compile(r"\w+://[\w$-]+@[^:@/]")
 _SIGNED = re.compile(rf"\?(?:[^#]*&)?{_SECRET_FIELD}=[^#]*", re.IGNORECASE)
 _FIELD = re.compile(rf"([?&]{_SECRET_FIELD}=)[^&{_END}]+", re.IGNORECASE)
 _TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{20,}|(?:jwt|oauth)_[\w.-]{20,})")
@@ -166,12 +168,17 @@ def _pattern(known: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, known))) if known else None
 
 
+def _without_user(url: re.Match[str]) -> str:
+    place = url[1] and _CONTAINER.match(url[0])
+    return _SIGNED.sub("?" + MARK, url[0] if place else _USER.sub(MARK + "@", url[0]))
+
+
 def _redact(text: str, known: tuple[str, ...]) -> str:
     if pattern := _pattern(known):
         text = pattern.sub(MARK, text)
     text = _BEARER.sub(rf"\1{MARK}", text)
     if "://" in text:
-        text = _URL.sub(lambda url: _SIGNED.sub("?" + MARK, _USER.sub(MARK + "@", url[0])), text)
+        text = _URL.sub(_without_user, text)
     if "=" in text:
         text = _FIELD.sub(rf"\1{MARK}", text)
     if "hf_" in text:

@@ -62,7 +62,7 @@ class Keeper:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         # What is written already is not lost when the step fails right after it.
-        run.at_end.append(self._writer.shutdown)
+        run.at_end.append(self._end)
         self._saved_at = time.monotonic()
 
     def restore(self) -> dict[str, Any]:
@@ -175,6 +175,14 @@ class Keeper:
             pending, self._pending = self._pending, None
             pending.result()
         comm.barrier()
+
+    def _end(self) -> None:
+        """The step is over, well or not: what is being written is finished; raises what went wrong
+        in that, which nobody has waited for."""
+        self._writer.shutdown()
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
 
     def _find(self) -> dict[str, Any]:
         """Rank 0's decision: which checkpoint to go on from, if any, or why not."""

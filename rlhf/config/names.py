@@ -77,9 +77,14 @@ def normalize_endpoint(text: str | None) -> str | None:
     return refuse_credentials(text, "hub.endpoint")
 
 
+# Azure's: scheme://container@account... names a place, not a user.
+CONTAINER_URL = re.compile(r"(?:abfss?|wasbs?|az)://[\w$-]+@[^:@/]", re.IGNORECASE)
+
+
 def refuse_credentials(text: str, setting: str) -> str:
     """`text`, unless it is a URL with a password in it: that would end up in the run's files."""
-    if "://" in text and "@" in text.split("://", 1)[1].split("/", 1)[0]:
+    authority = text.split("://", 1)[1].split("/", 1)[0] if "://" in text else ""
+    if "@" in authority and not (CONTAINER_URL.match(text) and authority.count("@") == 1):
         shown = re.sub(r"://[^/@]*@", "://***@", text)
         raise ConfigError(
             f"{setting} = {shown!r}: a user name or password in a URL would be written to the "

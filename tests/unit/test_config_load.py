@@ -294,3 +294,14 @@ def test_an_importance_cap_needs_an_engine_that_rounds_differently() -> None:
     ):
         with pytest.raises(ValidationError, match=said):
             RolloutConfig(**wrong)
+
+
+@pytest.mark.parametrize("scheme", ["abfs", "abfss", "ABFS", "wasbs", "az"])
+def test_a_container_is_no_user(scheme: str) -> None:
+    """Azure's URLs name a container and an account; a password still has no place in them."""
+    url = f"{scheme}://box-1@account.dfs.core.windows.net/d/x.jsonl"
+    assert load_config(None, {"data.path": url}).data.path == [url]
+    for refused in (url.replace("box-1", "me:pass"), url.replace("box-1", "a@b"),
+                    url.replace(scheme, "https"), f"s3://me@{scheme}/x"):  # fmt: skip
+        with pytest.raises(ConfigError, match="a user name or password in a URL"):
+            load_config(None, {"data.path": refused})

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from rlhf import harness
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, ConfigError, DataError, Diverged, RequirementError
 from rlhf.harness import StepRun, Stopped, only_one, run_step
-from rlhf.store import verify
+from rlhf.resume import Keeper
+from rlhf.store import RunDir, verify
 from tests.unit import model_help as help_
 from tests.unit.driver_help import make_artifact
 
@@ -342,3 +344,48 @@ def test_figures_of_an_earlier_try_are_kept_apart(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.jsonl").exists()
     (kept,) = tmp_path.glob("metrics.*.jsonl")
     assert kept.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it broke"), DataError("rows: none; give some")])
+def test_a_failure_at_the_end_is_told_beside_the_first(tmp_path: Path, error: Exception) -> None:
+    """A checkpoint that cannot be written while the step fails of something else: both are told."""
+
+    def full() -> None:
+        raise RequirementError("resume/: the disk is full")
+
+    def main(run: StepRun) -> None:
+        run.at_end.append(full)
+        raise error
+
+    code, console = in_fork(tmp_path, main)
+    assert code == getattr(error, "exit_code", 1)
+    wrote = record(tmp_path)
+    assert wrote is not None
+    assert wrote["type"] == type(error).__name__
+    for text in (console, wrote["message"]):
+        assert str(error) in text
+        assert "and at its end: RequirementError: resume/: the disk is full" in text
+
+
+def test_a_failure_at_the_end_alone_is_a_failure(tmp_path: Path) -> None:
+    def full() -> None:
+        raise RequirementError("resume/: the disk is full")
+
+    code, console = in_fork(tmp_path, lambda run: run.at_end.append(full))
+    assert code == 3
+    assert "error: resume/: the disk is full" in console
+
+
+def test_a_save_that_nobody_waited_for_tells_what_went_wrong(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(
+        config=RunConfig(), directory=RunDir(tmp_path), resolved=SimpleNamespace(step=1), at_end=[]
+    )
+    keeper = Keeper(run, {}, data_fingerprint="rows")
+
+    def write() -> None:
+        raise OSError(28, "No space left on device")
+
+    keeper._pending = keeper._writer.submit(write)
+    with pytest.raises(OSError, match="No space left"):
+        run.at_end[0]()
+    run.at_end[0]()  # told once

@@ -59,6 +59,9 @@ SIGNED = "https://bucket.s3.amazonaws.com/d/x.jsonl?X-Amz-Date=2026&X-Amz-Signat
         ("hf_device_map, hf_quantizer", "hf_device_map, hf_quantizer"),
         ("loss=0.25 token=3", "loss=0.25 token=3"),
         ("me@host", "me@host"),
+        ("abfs://box@acc.dfs.core.windows.net/x", "abfs://box@acc.dfs.core.windows.net/x"),
+        ("abfss://me:pass@host/x", f"abfss://{MARK}@host/x"),
+        ("https://box@acc.net/x", f"https://{MARK}@acc.net/x"),
     ],
 )
 def test_what_is_taken_out(text: str, shown: str) -> None:
