@@ -3,7 +3,8 @@ the remedy, and has an exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -50,3 +51,28 @@ class DataError(RequirementError):
 
 class ArtifactError(RequirementError):
     """An artifact is absent, partial, corrupt or does not fit."""
+
+
+@contextmanager
+def at_its_end(calls: Iterable[Callable[[], None]]) -> Iterator[None]:
+    """Makes the calls when the body is over; where that has failed already, a failure among them is
+    a note to its error."""
+    failed: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failed = error
+        raise
+    finally:
+        for call in calls:
+            try:
+                call()
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed.add_note(f"and at its end: {type(error).__name__}: {error}")
+
+
+def with_notes(error: BaseException) -> str:
+    """Its message, and its notes."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])

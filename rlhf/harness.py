@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
-from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError
+from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError, at_its_end, with_notes
 from rlhf.lifeline import Lifeline, adopt_environment
 from rlhf.redact import printable, redact, redact_tree
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
@@ -191,7 +191,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
         _quiet_libraries()
         try:
-            with only_one(run), _ended(run):
+            with only_one(run), at_its_end(run.at_end):
                 main(run)
             code = 0
         except Stopped as stopped:
@@ -200,7 +200,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
             code = error.exit_code
             _keep_batch(run, error)
             _record(failure, run, error, str(error), code)
-            print(printable(f"error: {_with_notes(error)}"), file=sys.stderr, flush=True)
+            print(printable(f"error: {with_notes(error)}"), file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001 - every failure is recorded for the driver
             code = 1
             _record(failure, run, error, _remedy(error), code)
@@ -281,36 +281,12 @@ def _keep_batch(run: StepRun, error: UserError) -> None:
     error.args = (f"{error}. The rows are in {place}",)
 
 
-@contextlib.contextmanager
-def _ended(run: StepRun) -> Iterator[None]:
-    """Calls what the step wants called at its end; where the step has failed already, a failure
-    there is a note to its error."""
-    failed: BaseException | None = None
-    try:
-        yield
-    except BaseException as error:
-        failed = error
-        raise
-    finally:
-        for call in run.at_end:
-            try:
-                call()
-            except Exception as error:
-                if failed is None:
-                    raise
-                failed.add_note(f"and at its end: {type(error).__name__}: {error}")
-
-
-def _with_notes(error: BaseException) -> str:
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
-
-
 def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) -> None:
     record = {
         "rank": run.rank,
         "phase": run.phase_name,
         "type": type(error).__name__,
-        "message": _with_notes(error),
+        "message": with_notes(error),
         "remedy": remedy,
         "traceback": "".join(traceback.format_exception(error)),
         "exit_code": code,

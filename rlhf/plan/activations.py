@@ -16,6 +16,10 @@ from rlhf.plan.shapes import ModelShape
 HEAD_CHUNK = 256  # token rows of logits alive at once (rlhf/models/causal.py; a test compares)
 
 
+# Of rlhf/models/attention.py (a test compares).
+QUERY_BLOCK, KEPT = 64, 8
+
+
 @dataclass(frozen=True)
 class Saved:
     """Tensors that one layer keeps, per token, counted in widths: so many of `hidden`, ..."""
@@ -83,14 +87,14 @@ def saved_bytes(
     Args:
         size: bytes of an element.
         dropout: the model's own dropout is on (steps 1 and 2).
-        fused_attention: attention dropout needs no tensor of width x width (GPU kernels).
+        fused_attention: attention keeps nothing of width x width, dropout or not (GPU kernels).
     """
     lora = lora or LoraConfig()
     layer = _layer(shape, batch, size, lora, dropout, fused_attention)
     trained = adapted_layers(shape, lora) if lora.rank else shape.layers
     if not checkpointing:
         return trained * layer + OUTSIDE * batch.tokens * shape.hidden * size
-    # Inputs of all layers are kept, and one layer at a time is made again.
+    # Inputs of all layers are kept, and one layer at a time is made again (by torch's own kernel).
     return (shape.layers + OUTSIDE) * batch.tokens * shape.hidden * size + layer
 
 
@@ -116,7 +120,19 @@ def _layer(
     eager = (saved.eager_16 if narrow else saved.eager) * shape.heads
     if dropout and shape.attention_dropout and not fused_attention:
         eager += 3 * shape.heads
-    return batch.tokens * width * size + square * (eager + (1 if batch.padded else 0))
+    kept = 0 if fused_attention or eager or not narrow else _kept_weights(shape, batch)
+    made = batch.tokens * width + kept
+    return made * size + square * (eager + (1 if batch.padded else 0))
+
+
+def _kept_weights(shape: ModelShape, batch: Batch) -> int:
+    """Elements of attention weights that short rows keep in 16 bits on a CPU, future keys left out
+    by blocks of queries."""
+    if batch.width > KEPT * shape.head_dim:
+        return 0
+    starts = range(0, batch.width, QUERY_BLOCK)
+    ends = [(start, min(start + QUERY_BLOCK, batch.width)) for start in starts]
+    return batch.rows * shape.heads * sum((end - start) * end for start, end in ends)
 
 
 def forward_bytes(shape: ModelShape, batch: Batch, size: int) -> float:

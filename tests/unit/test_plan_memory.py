@@ -16,12 +16,12 @@ from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.config.load import load_config
 from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig, RunConfig
 from rlhf.engine import config as engine_config
-from rlhf.models import causal
+from rlhf.models import attention, causal
 from rlhf.models import shared as shared_models
 from rlhf.models.adapters import add_adapters
 from rlhf.models.tiny import SIZE, TINY
 from rlhf.plan import engines, read
-from rlhf.plan.activations import HEAD_CHUNK, Batch, logits_bytes, saved_bytes
+from rlhf.plan.activations import HEAD_CHUNK, KEPT, QUERY_BLOCK, Batch, logits_bytes, saved_bytes
 from rlhf.plan.engines import Parts, engine_bytes
 from rlhf.plan.known import known_config
 from rlhf.plan.memory import step_memory
@@ -48,6 +48,7 @@ def bytes_of(stage: int, **changes: Any) -> engines.EngineBytes:
 def test_what_is_written_twice_is_the_same() -> None:
     """The planner imports no torch, so it repeats a few facts of modules that do."""
     assert causal.HEAD_CHUNK == HEAD_CHUNK
+    assert (attention.QUERY_BLOCK, attention.KEPT) == (QUERY_BLOCK, KEPT)
     assert {name: a.needs_critic for name, a in ALGORITHMS.items()} == NEEDS_CRITIC
     dtypes = ("float32", "bfloat16", "float16")
     for stage, dtype in itertools.product((0, 1, 2, 3), dtypes):
@@ -225,6 +226,7 @@ def test_activations_are_what_autograd_keeps(
         dtype.itemsize,
         lora=LoraConfig(rank=changes.get("rank", 0), last_layers=changes.get("last_layers")),
         checkpointing=changes.get("checkpointing", False),
+        fused_attention=False,
     )
     measured = saved(family, dtype, 4, **changes)
     if changes.get("checkpointing"):  # the layer that is made again is not kept
