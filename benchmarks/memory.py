@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.pairs import print_line
+from benchmarks.pairs import as_launched, print_line
 from benchmarks.workload import MODELS_AT, PROMPT, OurPPO, Workload, lora_reward, model_dirs
 
 LORA = {"model": {"lora": {"rank": 16, "alpha": 32}}}
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=4, help="rows per forward")
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    as_launched()
     torch.set_num_threads(1)
     workload = Workload(model=args.model, dtype=args.dtype, rows=args.rows, micro=args.micro)
     if args.side:

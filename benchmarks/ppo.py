@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.pairs import compare, measure, print_line, summary, worker
+from benchmarks.pairs import as_launched, compare, measure, print_line, summary, worker
 from benchmarks.workload import OurPPO, Workload
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
@@ -50,11 +50,18 @@ def parse() -> argparse.Namespace:
         default="default",
         help="trl's bfloat16: fp32 weights and bf16=True, its own default, or bf16 weights",
     )
+    parser.add_argument(
+        "--peer-memory",
+        choices=["kept", "default"],
+        default="kept",
+        help="trl's glibc allocator: set up as our driver sets it for its ranks, or not",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    as_launched()
     torch.set_num_threads(1)
     workload = Workload(
         model=args.model,
@@ -102,6 +109,8 @@ def trl_worker(kind: str, workload: Workload, args: argparse.Namespace) -> Any:
         json.dumps([kind, asdict(workload), args.peer_bf16]),
     ]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"}
+    if getattr(args, "peer_memory", "kept") == "default":
+        env["GLIBC_TUNABLES"] = ""
     return worker(argv, env)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from benchmarks.pairs import Side, compare, print_line, serve, worker
+from benchmarks.pairs import Side, as_launched, compare, print_line, serve, worker
 from rlhf.models.spec import materialise
 from rlhf.rollout import RolloutRequest, SamplingConfig, build_rollout
 
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--serve", metavar="DIRECTORY", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    as_launched()
     torch.set_num_threads(1)
     if args.serve:
         serve_vllm(args)

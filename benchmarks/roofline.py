@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.pairs import measure, print_line
+from benchmarks.pairs import as_launched, measure, print_line
 from benchmarks.rollout import ANSWER, PROMPT, FixedEnd, build_model, continuous, prompts_for
 from rlhf.algo.losses import sum_of_nll
 from rlhf.models.causal import CausalModel
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows in a batch")
     parser.add_argument("--runs", type=int, default=5, help="runs, with the peak measured between")
     args = parser.parse_args()
+    as_launched()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.pairs import Worker, compare, print_line, serve, worker
+from benchmarks.pairs import Worker, as_launched, compare, print_line, serve, worker
 from benchmarks.workload import MODELS_AT, OurPPO, Workload, model_dirs
 
 
@@ -90,6 +90,7 @@ def main() -> None:
     if args.rank:
         run_rank(Workload(**json.loads(args.rank)))
         return
+    as_launched()
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("benchmarks.scaling needs two cores")
     workload = Workload(

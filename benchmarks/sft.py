@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from benchmarks.pairs import compare, print_line
+from benchmarks.pairs import as_launched, compare, print_line
 from benchmarks.ppo import trl_worker, versions
 from benchmarks.workload import CONFIGS, PAD, Workload, model_dirs, sft_rows
 
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--peer-bf16", choices=["default", "weights"], default="default")
     args = parser.parse_args()
+    as_launched()
     torch.set_num_threads(1)
     workload = Workload(
         model=args.model, dtype=args.dtype, rows=args.rows, micro=min(args.micro, args.rows)

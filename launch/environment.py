@@ -11,6 +11,12 @@ from launch.spec import PROJECT_ROOT, Placement
 from rlhf.config.names import DEFAULT_ENDPOINT
 from rlhf.config.schema import RunConfig
 
+# Large buffers come and go at every layer. By default glibc gives each back to the kernel, which
+# clears it anew (4 KiB at a time) for the next one: docs/performance.md has the figures.
+KEEP_MEMORY = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4294967296:"
+    "glibc.malloc.mmap_threshold=4294967296"
+)
 HUB_VARIABLES = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE")
 
 
@@ -29,6 +35,7 @@ def child_environment(
     if placement.accelerator == "cpu":
         env["DS_ACCELERATOR"] = "cpu"  # else deepspeed warns in every process that it found no GPU
         env["OMP_NUM_THREADS"] = str(threads(config, placement, environ))
+        env |= memory_environment(environ)
     elif config.launch.threads is not None:
         env["OMP_NUM_THREADS"] = str(config.launch.threads)
     env["RLHF_COLLECTIVE_TIMEOUT"] = str(config.launch.collective_timeout)
@@ -37,6 +44,12 @@ def child_environment(
     _devices(config, placement, env, unset, environ)
     hub_env, hub_unset = hub_environment(config, environ)
     return {**env, **hub_env}, [*unset, *hub_unset]
+
+
+def memory_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """For processes on a CPU; nothing where the user has set glibc's allocator up."""
+    chosen = any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in environ)
+    return {} if chosen else {"GLIBC_TUNABLES": KEEP_MEMORY}
 
 
 def _nodes(placement: Placement) -> dict[str, str]:

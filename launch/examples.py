@@ -18,7 +18,13 @@ from launch.plan import Plan, make_plan
 from rlhf.errors import ConfigError
 
 # Set from the job's own machine, or by each driver itself.
-_NOT_IN_JOB = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "RLHF_COLLECTIVE_TIMEOUT")
+_NOT_IN_JOB = (
+    "PYTHONPATH",
+    "DS_ACCELERATOR",
+    "OMP_NUM_THREADS",
+    "GLIBC_TUNABLES",
+    "RLHF_COLLECTIVE_TIMEOUT",
+)
 _BY_HAND = ("--deployment-type", "multi_node", "--launcher", "torchrun")
 
 

@@ -203,13 +203,12 @@ class Trainer:
             with self.roles.actor.evaluating():
                 rollout = generate(self.sampler, prompts, rollout_settings)
             clock.lap("rollout")
-            # 2. Reward model, reference and critic read prompt + answer; where the critic's first
-            # step takes in the whole rollout, its forward is this reading.
-            reads_first = critic is None or ppo.minibatches > 1
+            # 2. Reward model, reference and critic read prompt + answer.
+            reads_later = critic is not None and ppo.minibatches == 1  # in its first step
+            temperature = rollout_settings.temperature
             rollout = score(
-                self.roles, rollout, rollout_settings.temperature, size, ppo.old_log_probs,
-                values=reads_first,
-            )  # fmt: skip
+                self.roles, rollout, temperature, size, ppo.old_log_probs, values=not reads_later
+            )
             check_finite(rollout)
             # 3. Rewards of tokens.
             rollout, stats = reward(rollout, self.algorithm, ppo, self.controller, self.statistics)
@@ -217,7 +216,7 @@ class Trainer:
             clock.lap("score")
             # 4. Advantages and returns.
             began = None
-            if critic is not None and not reads_first:
+            if critic is not None and reads_later:
                 began = first_critic_step(critic, rollout, ppo, size, self._returns)
                 rollout = replace(rollout, values=began.values)
             rollout = credit(rollout, self.algorithm, ppo, rollout_settings.samples_per_prompt)
@@ -231,7 +230,7 @@ class Trainer:
                 critic,
                 rollout,
                 ppo,
-                temperature=rollout_settings.temperature,
+                temperature=temperature,
                 micro_batch_size=size,
                 seed=self.run.config.seed + 7919 * self.iteration + 100_003 * self.run.rank,
                 train_actor=self.iteration >= ppo.critic_warmup,

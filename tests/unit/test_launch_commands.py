@@ -144,6 +144,15 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in env_of(placement=gpu)[0]
 
 
+def test_a_cpu_process_keeps_the_memory_that_it_frees() -> None:
+    """As long as the user has not said otherwise; GPUs have an allocator of their own."""
+    gpu = Placement("cuda", {"localhost": [0]}, "127.0.0.1", 1)
+    assert "glibc.malloc.hugetlb=1" in env_of(placement=ONE)[0]["GLIBC_TUNABLES"]
+    assert "GLIBC_TUNABLES" not in env_of(placement=ONE, MALLOC_ARENA_MAX="2")[0]
+    assert "GLIBC_TUNABLES" not in env_of(placement=ONE, GLIBC_TUNABLES="")[0]
+    assert "GLIBC_TUNABLES" not in env_of(placement=gpu)[0]
+
+
 def test_scripts_run_without_an_install() -> None:
     assert env_of()[0]["PYTHONPATH"] == str(PROJECT_ROOT)
     assert env_of(PYTHONPATH="/x:/y")[0]["PYTHONPATH"] == f"{PROJECT_ROOT}:/x:/y"
