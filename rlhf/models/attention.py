@@ -14,7 +14,7 @@ forward (`fast_attention`). fp32, GPUs and gradient checkpointing stay with tran
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -176,24 +176,27 @@ def block_attention(
 
 
 @contextmanager
-def fast_attention(model: Any) -> Iterator[None]:
-    """Use `block_attention` inside, where it is faster than the model's sdpa."""
-    parameter = next(model.parameters())
-    configs: list[Any] = []
-    half = parameter.dtype in (torch.bfloat16, torch.float16)
-    remade = model.training and getattr(model, "is_gradient_checkpointing", False)
-    if parameter.device.type == "cpu" and half and not remade:
-        unique = {
-            id(part.config): part.config for part in model.modules() if hasattr(part, "config")
-        }
-        configs = [c for c in unique.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
+def attention_named(model: Any, name: str) -> Iterator[None]:
+    """Inside, the parts of the model that use sdpa look up the attention called `name`."""
+    parts = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    configs = [c for c in parts.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
     try:
         for config in configs:
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
         for config in configs:
             config._attn_implementation = "sdpa"
+
+
+def fast_attention(model: Any) -> AbstractContextManager[None]:
+    """Use `block_attention` inside, where it is faster than the model's sdpa."""
+    parameter = next(model.parameters())
+    half = parameter.dtype in (torch.bfloat16, torch.float16)
+    remade = model.training and getattr(model, "is_gradient_checkpointing", False)
+    if parameter.device.type != "cpu" or not half or remade:
+        return nullcontext()
+    return attention_named(model, NAME)
 
 
 AttentionInterface.register(NAME, block_attention)

@@ -10,8 +10,7 @@ goes to transformers' own sdpa functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rlhf.models.attention import attention_named
 
 NAME = "rlhf_decode"
 
@@ -65,20 +66,11 @@ def attend_last(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | No
     return torch.bmm(scores.softmax(dim=-1), values).view(batch, heads * size)
 
 
-@contextmanager
-def lean_attention(model: nn.Module) -> Iterator[None]:
+def lean_attention(model: nn.Module) -> AbstractContextManager[None]:
     """Use `decode_attention` inside, where it helps and the model uses sdpa."""
-    parameter = next(model.parameters())
-    configs: list[Any] = []
-    if parameter.device.type == "cpu":
-        parts = [part.config for part in model.modules() if hasattr(part, "config")]
-        configs = [c for c in parts if getattr(c, "_attn_implementation", None) == "sdpa"]
-    AttentionInterface.register(NAME, decode_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    try:
-        for config in configs:
-            config._attn_implementation = NAME
-        yield
-    finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return attention_named(model, NAME) if on_cpu else nullcontext()
+
+
+AttentionInterface.register(NAME, decode_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

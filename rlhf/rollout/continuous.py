@@ -8,17 +8,16 @@ alone, so batch size and company do not change what is sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.rollout import RolloutEngine, RolloutRequest, SamplingConfig
+from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 from torch import Tensor
 
-from rlhf.errors import ConfigError, UserError
+from rlhf.errors import UserError
+from rlhf.rollout.base import Rollouts
 from rlhf.rollout.forward import Forward, ModuleForward, forward_of
 from rlhf.rollout.generation import (
     Generation,
@@ -27,11 +26,9 @@ from rlhf.rollout.generation import (
     check_fits,
     evaluating,
     prompt_lengths,
-    special_ids,
 )
 from rlhf.rollout.sampling import choose
 from rlhf.rollout.slab import Slab
-from rlhf.rollout.stopping import StopStrings
 
 # Waiting prompts join when this share of the slots is free: prefills of one row cost too much.
 _REFILL_SHARE = 8
@@ -48,44 +45,19 @@ class RolloutStats:
     idle: int = 0
 
 
-class ContinuousRollout(RolloutEngine):
+class ContinuousRollout(Rollouts):
     """See the module. `engine.module` is, or has as `.model`, a Hugging Face causal LM.
 
     Args:
-        batch_size: rows decoded at once.
-        stop: strings that end an answer.
-        seed, rank: the generator is seeded with seed + 100003 * rank (ALGORITHM.md 19).
-        gather: makes a context that is entered once per generate, e.g. to gather ZeRO-3
-            parameters.
-        lockstep: every rank calls forward equally often (ZeRO-3 without `gather`).
         lean: use packed weights and our own forward where they serve; False: the model's own.
+        options: see Rollouts.
     """
 
     name = "continuous"
 
-    def __init__(
-        self,
-        engine: Any,
-        tokenizer: Any,
-        *,
-        batch_size: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        rank: int = 0,
-        gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        lockstep: bool = False,
-        lean: bool = True,
-    ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"rollout batch_size {batch_size} must be at least 1")
-        self.engine = engine
-        self.batch_size = batch_size
-        self.pad, self.eos = special_ids(tokenizer)
-        self.stop = StopStrings(tokenizer, stop)
-        self.gather = gather
-        self.lockstep = lockstep
+    def __init__(self, engine: Any, tokenizer: Any, *, lean: bool = True, **options: Any) -> None:
+        super().__init__(engine, tokenizer, **options)
         self.lean = lean
-        self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
         self.stats = RolloutStats()
 
     @torch.no_grad()
@@ -110,17 +82,6 @@ class ContinuousRollout(RolloutEngine):
         out = run.result()
         out.exact = next(model.parameters()).dtype == torch.float32
         return out
-
-    def sync_weights(self, step: int) -> None:
-        """Nothing to do: generation reads the trained weights themselves."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The random state, for an exact resume."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the random state of `state_dict`."""
-        self.generator.set_state(state["generator"])
 
 
 class _Run:

@@ -6,22 +6,21 @@ strings: here the state is forked and seeded, and answers are cut afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed.runtime.rollout import (
     HybridEngineRollout,
-    RolloutEngine,
     RolloutRequest,
     SamplingConfig,
 )
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from rlhf.errors import ConfigError
+from rlhf.rollout.base import Rollouts
 from rlhf.rollout.generation import (
     Generation,
     assemble,
@@ -30,41 +29,21 @@ from rlhf.rollout.generation import (
     check_fits,
     evaluating,
     prompt_lengths,
-    special_ids,
 )
-from rlhf.rollout.stopping import StopStrings
 
 
-class HybridRollout(RolloutEngine):
+class HybridRollout(Rollouts):
     """Adapter; `log_probs` is None, the trainer computes them.
 
     `engine` is a DeepSpeedEngine, a DeepSpeedHybridEngine (GPU) or anything with `.module` that
-    has `.generate`. Arguments as in ContinuousRollout; `lockstep` needs nothing, since every rank
+    has `.generate`. Arguments as in Rollouts; `lockstep` needs nothing, since every rank
     always takes `max_new_tokens` steps: give all ranks equally many prompts.
     """
 
     name = "hybrid"
 
-    def __init__(
-        self,
-        engine: Any,
-        tokenizer: Any,
-        *,
-        batch_size: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        rank: int = 0,
-        gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        lockstep: bool = False,
-    ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"rollout batch_size {batch_size} must be at least 1")
-        self.engine = engine
-        self.batch_size = batch_size
-        self.pad, self.eos = special_ids(tokenizer)
-        self.stop = StopStrings(tokenizer, stop)
-        self.gather = gather
-        self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
+    def __init__(self, engine: Any, tokenizer: Any, **options: Any) -> None:
+        super().__init__(engine, tokenizer, **options)
         self._rollout = HybridEngineRollout(engine, tokenizer)
 
     @torch.no_grad()
@@ -90,17 +69,6 @@ class HybridRollout(RolloutEngine):
         answers = torch.cat(parts)
         lengths, ended = self._ends(answers)
         return assemble(request, samples, answers, lengths, ended, self.pad)
-
-    def sync_weights(self, step: int) -> None:
-        """Nothing to do: generation reads the trained weights themselves."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The random state, for an exact resume."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the random state of `state_dict`."""
-        self.generator.set_state(state["generator"])
 
     @contextmanager
     def _random(self) -> Iterator[None]:

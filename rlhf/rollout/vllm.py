@@ -14,18 +14,19 @@ import importlib.util
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.rollout import RolloutEngine, RolloutRequest, SamplingConfig
+from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 from torch import Tensor, nn
 
 from rlhf.errors import ConfigError, RequirementError
+from rlhf.rollout.base import Rollouts
 from rlhf.rollout.generation import (
     Generation,
     assemble,
@@ -33,17 +34,15 @@ from rlhf.rollout.generation import (
     causal_lm,
     check_fits,
     prompt_lengths,
-    special_ids,
 )
-from rlhf.rollout.stopping import StopStrings
 
 # Of a GPU's memory, for vLLM's weights and cache; the rest is the trainer's.
 _GPU_SHARE = 0.3
 _LEAST_LENGTH = 2048
 
 
-class VLLMRollout(RolloutEngine):
-    """Arguments as in ContinuousRollout; `gather` is entered while weights are pushed.
+class VLLMRollout(Rollouts):
+    """Arguments as in Rollouts; `gather` is entered while weights are pushed.
 
     vLLM starts at the first generate. The answers of a row depend on the seed and on how many
     rows were generated before, not on its company, but for vLLM's own rounding.
@@ -51,21 +50,9 @@ class VLLMRollout(RolloutEngine):
 
     name = "vllm"
 
-    def __init__(
-        self,
-        engine: Any,
-        tokenizer: Any,
-        *,
-        batch_size: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        rank: int = 0,
-        gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        lockstep: bool = False,
-    ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"rollout batch_size {batch_size} must be at least 1")
-        if lockstep:
+    def __init__(self, engine: Any, tokenizer: Any, **options: Any) -> None:
+        super().__init__(engine, tokenizer, **options)
+        if self.lockstep:
             raise ConfigError("rollout engine vllm needs whole weights: give it `gather`")
         if importlib.util.find_spec("vllm") is None:
             raise RequirementError(
@@ -73,12 +60,6 @@ class VLLMRollout(RolloutEngine):
                 "vllm`; on a CPU docs/performance.md has the commands; or set rollout.engine to "
                 "continuous"
             )
-        self.engine = engine
-        self.batch_size = batch_size
-        self.pad, self.eos = special_ids(tokenizer)
-        self.stop = StopStrings(tokenizer, stop)
-        self.gather = gather
-        self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
         self._llm: Any = None
         self._longest = 0
         self._temperature = 1.0
@@ -124,13 +105,9 @@ class VLLMRollout(RolloutEngine):
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The random state, for an exact resume."""
-        return {"generator": self.generator.get_state()}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the random state of `state_dict`; weights are pushed anew."""
-        self.generator.set_state(state["generator"])
+        super().load_state_dict(state)
         self._stale = True
 
     def _prepare(self, longest: int, sampling: SamplingConfig) -> None:

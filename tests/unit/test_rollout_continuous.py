@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.runtime.rollout import SamplingConfig
+from transformers import AttentionInterface
 
 import rlhf.rollout.attention as attention
 import rlhf.rollout.continuous as continuous
@@ -80,7 +81,7 @@ def test_in_16_bits_attention_keeps_its_shape(monkeypatch):
         widths.add(key.shape[2])
         return decode_attention(module, query, key, *rest, **options)
 
-    monkeypatch.setattr(attention, "decode_attention", seen)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, seen)
     model = tiny_model().to(torch.bfloat16)
     sampling = SamplingConfig(max_new_tokens=40)
     build(model, eos=VOCAB, lean=False, batch_size=7).generate(prompts(*LENGTHS), sampling)

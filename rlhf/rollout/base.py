@@ -1,0 +1,66 @@
+"""What all rollout engines have: who answers, with which tokens at the end, and a random state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from deepspeed.runtime.rollout import RolloutEngine
+
+from rlhf.errors import ConfigError
+from rlhf.rollout.generation import special_ids
+from rlhf.rollout.stopping import StopStrings
+
+
+class Rollouts(RolloutEngine):
+    """Base of the engines in ROLLOUTS; answers come from `generate`.
+
+    Args:
+        engine: has `.module`, a causal LM or a wrapper with it as `.model`.
+        tokenizer: pad and EOS tokens, different; `decode` for stop strings.
+        batch_size: rows generated at once.
+        stop: strings that end an answer.
+        seed, rank: the generator is seeded with seed + 100003 * rank (ALGORITHM.md 19).
+        gather: makes a context that is entered once per generate, e.g. to gather ZeRO-3
+            parameters.
+        lockstep: every rank calls forward equally often (ZeRO-3 without `gather`).
+
+    Raises:
+        ConfigError: a batch size below 1.
+        RequirementError: the tokenizer lacks pad or EOS, or they are the same.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        rank: int = 0,
+        gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        lockstep: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"rollout batch_size {batch_size} must be at least 1")
+        self.engine = engine
+        self.batch_size = batch_size
+        self.pad, self.eos = special_ids(tokenizer)
+        self.stop = StopStrings(tokenizer, stop)
+        self.gather = gather
+        self.lockstep = lockstep
+        self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
+
+    def sync_weights(self, step: int) -> None:
+        """Nothing to do where generation reads the trained weights themselves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state, for an exact resume."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the random state of `state_dict`."""
+        self.generator.set_state(state["generator"])
