@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf import data, models, track
+from rlhf import data, models
 from rlhf.algo.losses import cross_entropy_sum, sum_of_nll
 from rlhf.data.batches import SFTBatch
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.harness import StepRun, run_step
-from rlhf.resume import Keeper
+from rlhf.supervised import Plans, Supervised, planned_steps
 
 
 def main(run: StepRun) -> None:
@@ -48,26 +48,10 @@ def main(run: StepRun) -> None:
 
     with run.phase("train"):
         plans = _plans(run, rows["train"].dataset, world)
-        total = sum(len(plan) for plan in plans)
-        total = min(total, settings.train.max_steps or total)
+        total = planned_steps(plans, settings.train)
         engine = TrainEngine(model, settings.engine, settings.optim, dtype=dtype, total_steps=total)
-        keeper = Keeper(run, {"model": engine}, data_fingerprint=rows["train"].fingerprint)
-        state = keeper.restore()
-        with (
-            track.open_tracker(
-                run.config.track,
-                run.step_dir,
-                step=1,
-                rank=run.rank,
-                config=run.config.model_dump(mode="json"),
-                keep_bytes=keeper.metrics_bytes,
-                done=state.get("step", 0),
-            ) as tracker,
-            track.progress(total, "SFT", run.rank, initial=state.get("step", 0)) as bar,
-        ):
-            evaluation = train(
-                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar, keeper, state
-            )
+        work = supervised(run, engine, rows, plans, tokenizer.pad_token_id)
+        evaluation = work.run(run, engine, rows["train"].fingerprint)
 
     with run.phase("publish"):
         snapshot = models.Snapshot(engine.module)
@@ -87,8 +71,7 @@ def main(run: StepRun) -> None:
     comm.barrier()
 
 
-def _plans(run: StepRun, dataset: Any, world: int) -> list[list[list[list[int]]]]:
-    """Epoch -> optimiser step -> this rank's micro-batches of row numbers."""
+def _plans(run: StepRun, dataset: Any, world: int) -> Plans:
     settings = run.config.step1
     return [
         data.plan_batches(
@@ -124,50 +107,29 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
     return rows
 
 
-def train(
-    run: StepRun,
-    engine: TrainEngine,
-    rows: dict[str, Any],
-    plans: list[list[list[list[int]]]],
-    total: int,
-    pad_id: int,
-    tracker: Any,
-    bar: Any,
-    keeper: Keeper,
-    state: dict[str, Any],
-) -> dict[str, float]:
-    """All epochs, or what is left of them after `state`; returns the last evaluation."""
+def supervised(
+    run: StepRun, engine: TrainEngine, rows: dict[str, Any], plans: Plans, pad_id: int
+) -> Supervised:
+    """What training does in this step."""
     settings = run.config.step1
-    dataset = rows["train"].dataset
-    steps = [
-        (epoch, index, len(plan)) for epoch, plan in enumerate(plans) for index in range(len(plan))
-    ]
-    done, evaluation = state.get("step", 0), state.get("evaluation", {})
-    for step, (epoch, index, in_epoch) in enumerate(steps[done:total], done + 1):
-        batches = [
-            data.collate_sft(
-                dataset.select(indices).to_list(), pad_id, prompt_loss=settings.prompt_loss
-            ).to(engine.device)
-            for indices in plans[epoch][index]
-        ]
-        stats = sft_step(engine, batches)
-        bar.update(1, loss=stats["loss"])
-        if step % settings.train.log_every == 0 or step == total:
-            tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
-        every = settings.train.eval_every
-        ends_epoch = index == in_epoch - 1 or step == total
-        if ends_epoch or (every and step % every == 0):
-            evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
-            tracker.log(_named(evaluation), step)
-        if ends_epoch:
-            bar.write(f"epoch {epoch + 1}: held-out perplexity {evaluation['perplexity']:.3f}")
-        keeper.after(
-            step,
-            {"step": step, "evaluation": evaluation},
-            metrics_bytes=tracker.metrics_bytes,
-            last=step == total,
-        )
-    return evaluation
+    dataset, held_out = rows["train"].dataset, rows["eval"].dataset
+
+    def collate(index: list[int]) -> SFTBatch:
+        found = dataset.select(index).to_list()
+        batch = data.collate_sft(found, pad_id, prompt_loss=settings.prompt_loss)
+        return batch.to(engine.device)
+
+    return Supervised(
+        1,
+        "SFT",
+        settings.train,
+        plans,
+        collate=collate,
+        step=lambda batches: sft_step(engine, batches),
+        evaluate=lambda: evaluate(run, engine, held_out, pad_id),
+        shown=("loss",),
+        epoch_line=lambda found: f"held-out perplexity {found['perplexity']:.3f}",
+    )
 
 
 def sft_step(engine: TrainEngine, batches: list[SFTBatch]) -> dict[str, float]:
@@ -225,10 +187,6 @@ def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> di
     sums = comm.sum_over_ranks(sums)
     loss = sums["nll"] / max(sums["tokens"], 1.0)
     return {"loss": loss, "perplexity": math.exp(min(loss, 80.0)), "tokens": sums["tokens"]}
-
-
-def _named(evaluation: dict[str, float]) -> dict[str, float]:
-    return {f"eval/{key}": value for key, value in evaluation.items()}
 
 
 if __name__ == "__main__":

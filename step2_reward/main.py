@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf import data, models, track
+from rlhf import data, models
 from rlhf.algo.losses import pairwise_loss, token_wise_pairwise_loss
 from rlhf.data.batches import PairBatch
 from rlhf.engine import comm
@@ -15,7 +15,7 @@ from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError
 from rlhf.harness import StepRun, run_step
 from rlhf.report.reward_metrics import pair_metrics
-from rlhf.resume import Keeper
+from rlhf.supervised import Plans, Supervised, planned_steps
 
 
 def main(run: StepRun) -> None:
@@ -45,8 +45,7 @@ def main(run: StepRun) -> None:
 
     with run.phase("train"):
         plans = _plans(run, rows["train"].dataset, world)
-        total = sum(len(plan) for plan in plans)
-        total = min(total, settings.train.max_steps or total)
+        total = planned_steps(plans, settings.train)
         engine = TrainEngine(
             model,
             settings.engine,
@@ -55,23 +54,8 @@ def main(run: StepRun) -> None:
             total_steps=total,
             head_learning_rate=settings.head_learning_rate,
         )
-        keeper = Keeper(run, {"model": engine}, data_fingerprint=rows["train"].fingerprint)
-        state = keeper.restore()
-        with (
-            track.open_tracker(
-                run.config.track,
-                run.step_dir,
-                step=2,
-                rank=run.rank,
-                config=run.config.model_dump(mode="json"),
-                keep_bytes=keeper.metrics_bytes,
-                done=state.get("step", 0),
-            ) as tracker,
-            track.progress(total, "reward", run.rank, initial=state.get("step", 0)) as bar,
-        ):
-            evaluation = train(
-                run, engine, rows, plans, total, tokenizer.pad_token_id, tracker, bar, keeper, state
-            )
+        work = supervised(run, engine, rows, plans, tokenizer.pad_token_id)
+        evaluation = work.run(run, engine, rows["train"].fingerprint)
 
     with run.phase("publish"):
         engine.module.set_statistics(evaluation["score_mean"], evaluation["score_std"])
@@ -138,7 +122,7 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
     return rows
 
 
-def _plans(run: StepRun, dataset: Any, world: int) -> list[list[list[list[int]]]]:
+def _plans(run: StepRun, dataset: Any, world: int) -> Plans:
     settings = run.config.step2
     groups = dataset["prompt_key"] if settings.group_by_prompt else None
     tokens = settings.train.micro_batch_tokens
@@ -159,51 +143,30 @@ def _plans(run: StepRun, dataset: Any, world: int) -> list[list[list[list[int]]]
     ]
 
 
-def train(
-    run: StepRun,
-    engine: TrainEngine,
-    rows: dict[str, Any],
-    plans: list[list[list[list[int]]]],
-    total: int,
-    pad_id: int,
-    tracker: Any,
-    bar: Any,
-    keeper: Keeper,
-    state: dict[str, Any],
-) -> dict[str, float]:
-    """All epochs, or what is left of them after `state`; returns the last evaluation."""
+def supervised(
+    run: StepRun, engine: TrainEngine, rows: dict[str, Any], plans: Plans, pad_id: int
+) -> Supervised:
+    """What training does in this step."""
     settings = run.config.step2
-    dataset = rows["train"].dataset
-    steps = [
-        (epoch, index, len(plan)) for epoch, plan in enumerate(plans) for index in range(len(plan))
-    ]
-    done, evaluation = state.get("step", 0), state.get("evaluation", {})
-    for step, (epoch, index, in_epoch) in enumerate(steps[done:total], done + 1):
-        batches = [
-            data.collate_pairs(dataset.select(indices).to_list(), pad_id).to(engine.device)
-            for indices in plans[epoch][index]
-        ]
-        stats = reward_step(engine, batches, settings.loss, settings.margin)
-        bar.update(1, loss=stats["loss"], accuracy=stats["accuracy"])
-        if step % settings.train.log_every == 0 or step == total:
-            tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
-        every = settings.train.eval_every
-        ends_epoch = index == in_epoch - 1 or step == total
-        if ends_epoch or (every and step % every == 0):
-            evaluation = evaluate(run, engine, rows["eval"].dataset, pad_id)
-            tracker.log(_named(evaluation), step)
-        if ends_epoch:
-            bar.write(
-                f"epoch {epoch + 1}: held-out accuracy {evaluation['accuracy']:.4f}, "
-                f"margin {evaluation['margin']:.3f}"
-            )
-        keeper.after(
-            step,
-            {"step": step, "evaluation": evaluation},
-            metrics_bytes=tracker.metrics_bytes,
-            last=step == total,
-        )
-    return evaluation
+    dataset, held_out = rows["train"].dataset, rows["eval"].dataset
+
+    def collate(index: list[int]) -> PairBatch:
+        return data.collate_pairs(dataset.select(index).to_list(), pad_id).to(engine.device)
+
+    def told(found: dict[str, float]) -> str:
+        return f"held-out accuracy {found['accuracy']:.4f}, margin {found['margin']:.3f}"
+
+    return Supervised(
+        2,
+        "reward",
+        settings.train,
+        plans,
+        collate=collate,
+        step=lambda batches: reward_step(engine, batches, settings.loss, settings.margin),
+        evaluate=lambda: evaluate(run, engine, held_out, pad_id),
+        shown=("loss", "accuracy"),
+        epoch_line=told,
+    )
 
 
 def reward_step(
@@ -278,10 +241,6 @@ def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> di
     metrics["score_mean"] = statistics.fmean(chosen_scores)
     metrics["score_std"] = statistics.pstdev(chosen_scores) or 1.0
     return metrics
-
-
-def _named(evaluation: dict[str, float]) -> dict[str, float]:
-    return {f"eval/{key}": value for key, value in evaluation.items()}
 
 
 if __name__ == "__main__":

@@ -102,12 +102,13 @@ def fake_run(*overrides: str) -> Any:
 
 
 def logged(step: Any, run: Any, engine: FakeEngine, columns: dict[str, list[Any]]) -> set[str]:
-    """What a step's `train` gives to its tracker in one epoch of one batch."""
+    """What training in a step gives to its tracker in one epoch of one batch."""
     dataset = datasets.Dataset.from_dict(columns)
     rows = {split: SimpleNamespace(dataset=dataset) for split in ("train", "eval")}
     recorder = Recorder()
     plans = [[[list(range(len(dataset)))]]]
-    step.train(run, engine, rows, plans, 1, PAD, recorder, recorder, recorder, {})
+    work = step.supervised(run, engine, rows, plans, PAD)
+    work.train(1, 0, {}, recorder, recorder, recorder)
     return recorder.names
 
 
