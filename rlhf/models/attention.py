@@ -3,8 +3,8 @@
 torch's CPU flash kernel multiplies bfloat16 far below the speed of a matrix product, most of all in
 its backward pass. Here a block of queries at a time is scored by batched products, which run at
 full speed; scores are rounded to the inputs' dtype and softmaxed in fp32 inside torch's kernel, as
-in transformers' own `eager` attention. Weights of short rows are kept for the backward pass: no
-more bytes than four hidden states; those of long rows are made again, so that nothing quadratic in
+in transformers' own `eager` attention. Weights of short rows are kept for the backward pass: four
+to six hidden states' bytes at most; those of long rows are made again, so that nothing quadratic in
 the length is kept. Future keys are left out by blocks.
 
 transformers looks attention up by the name in the config, which is switched for the time of a

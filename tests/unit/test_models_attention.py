@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.models import attention
-from rlhf.models.attention import NAME, block_attention, fast_attention
+from rlhf.models.attention import NAME, BlockAttention, block_attention, fast_attention
 from tests.unit import model_help as help_
 
 MODULE: Any = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=True)
@@ -55,7 +55,13 @@ def test_equals_plain_attention(
     expected = exact(q, k, v, mask, 0.2)
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for block, scores in ((64, 1 << 20), (40, 1 << 13), (1000, 1)):
+    for block, scores, kept in (
+        (64, 1 << 20, 8),
+        (40, 1 << 13, 10),
+        (64, 1 << 13, 10),
+        (1000, 1, 0),
+    ):
+        monkeypatch.setattr(attention, "KEPT", kept)  # 150 is below 10 heads' sizes, not below 8
         monkeypatch.setattr(attention, "QUERY_BLOCK", block)
         monkeypatch.setattr(attention, "BLOCK_SCORES", scores)
         found, _ = block_attention(MODULE, q, k, v, mask, scaling=0.2)
@@ -94,6 +100,43 @@ def test_nothing_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
         found.backward(torch.ones_like(found))
     assert largest.elements <= 4 * attention.QUERY_BLOCK * 1024
     assert largest.elements < 1024 * 1024
+
+
+@pytest.mark.parametrize(("length", "kept"), [(128, True), (129, False)])
+def test_short_rows_keep_their_weights(length: int, kept: bool) -> None:
+    """Up to 8 times the head's size (16); never more than six hidden states' bytes."""
+    q, k, v = inputs(torch.bfloat16, 4, length=length)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block_attention(MODULE, q, k, v, None)
+    weights = sum(t.numel() for t in saved if t.shape[-1] != 16)
+    assert (weights > 0) == kept
+    assert weights <= 6 * q.numel()
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        before = len(saved)
+        block_attention(MODULE, q, k, v, None)
+    assert len(saved) == before
+
+
+def test_queries_that_are_left_out_give_zero() -> None:
+    """Whatever was in the memory before: torch fills it with NaN in deterministic mode."""
+    q, k, v = inputs(torch.bfloat16, 4)
+    whole = BlockAttention.apply(q, k, v, None, 0.25, 0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = BlockAttention.apply(q, k, v, None, 0.25, 70)
+        grads = torch.autograd.grad(found.float().sum(), (q, k, v))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not found[:, :, :70].any()
+    torch.testing.assert_close(found[:, :, 70:], whole[:, :, 70:], atol=0.02, rtol=0.02)
+    assert not grads[0][:, :, :70].any()
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_only_where_it_helps() -> None:
