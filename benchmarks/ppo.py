@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import sys
 from dataclasses import asdict
@@ -77,7 +78,12 @@ def main() -> None:
     seen: list[dict[str, float]] = []
 
     def turn() -> float:
-        seen.append(ours.iteration())
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        stats = ours.iteration()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        stats["page_faults"] = after.ru_minflt - before.ru_minflt
+        stats["kernel_seconds"] = after.ru_stime - before.ru_stime
+        seen.append(stats)
         return workload.rows
 
     if args.against == "trl":
@@ -93,6 +99,9 @@ def main() -> None:
     result |= {
         "unit": "samples",
         "our_cpu_seconds": phases,
+        "our_page_faults": statistics.median(stats["page_faults"] for stats in seen[1:]),
+        "our_kernel_seconds": round(statistics.median(s["kernel_seconds"] for s in seen[1:]), 3),
+        "our_peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "mean_answer": round(statistics.fmean(stats["answer_length"] for stats in seen), 2),
         "versions": versions(args.trl),
     }

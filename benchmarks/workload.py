@@ -216,6 +216,7 @@ class OurPPO:
             rank=comm.rank(),
         )
         self.iterations = 0
+        self.reads_apart = False  # benchmarks.ablation: old values from a forward of their own
 
     def iteration(self) -> dict[str, float]:
         """One PPO iteration. Returns CPU seconds of each phase, and the iteration's figures."""
@@ -230,17 +231,20 @@ class OurPPO:
             rollout = generate(self.sampler, self.prompts, settings.rollout)
         sampled = time.process_time()
         ppo, algorithm = settings.ppo, ALGORITHMS["ppo"]
-        rollout = score(roles, rollout, 1.0, budget, ppo.old_log_probs, values=False)
+        rollout = score(roles, rollout, 1.0, budget, ppo.old_log_probs, values=self.reads_apart)
         rollout, stats = reward(rollout, algorithm, ppo, self.controller, (0.0, 1.0))
         scored = time.process_time()
-        first = first_critic_step(
-            roles.critic,
-            rollout,
-            ppo,
-            budget,
-            lambda batch: credit(batch, algorithm, ppo, 1, whiten=False).need("returns"),
-        )
-        rollout = credit(replace(rollout, values=first.values), algorithm, ppo, 1)
+        first = None
+        if not self.reads_apart:
+            first = first_critic_step(
+                roles.critic,
+                rollout,
+                ppo,
+                budget,
+                lambda batch: credit(batch, algorithm, ppo, 1, whiten=False).need("returns"),
+            )
+            rollout = replace(rollout, values=first.values)
+        rollout = credit(rollout, algorithm, ppo, 1)
         stats |= update(
             roles.actor,
             roles.critic,
