@@ -61,12 +61,10 @@ def main() -> None:
     ours.iteration()
     sides: tuple[list[dict[str, float]], ...] = ([], [])
     for turn in range(args.pairs):
-        # The same answers on both sides.
-        ours.sampler.generator.manual_seed(turn)
-        with without(args.without, ours):
-            sides[0].append(seconds(ours))
-        ours.sampler.generator.manual_seed(turn)
-        sides[1].append(seconds(ours))
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            ours.sampler.generator.manual_seed(turn)  # the same answers on both sides
+            with nullcontext() if side else without(args.without, ours):
+                sides[side].append(seconds(ours))
     ratios = {
         name: [a[name] / b[name] for a, b in zip(*sides, strict=True)] for name in sides[0][0]
     }

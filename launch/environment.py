@@ -35,7 +35,8 @@ def child_environment(
     if placement.accelerator == "cpu":
         env["DS_ACCELERATOR"] = "cpu"  # else deepspeed warns in every process that it found no GPU
         env["OMP_NUM_THREADS"] = str(threads(config, placement, environ))
-        env |= memory_environment(environ)
+        if config.launch.keep_memory is True:  # `auto` has been decided: launch/memory.py
+            env |= memory_environment(environ)
     elif config.launch.threads is not None:
         env["OMP_NUM_THREADS"] = str(config.launch.threads)
     env["RLHF_COLLECTIVE_TIMEOUT"] = str(config.launch.collective_timeout)

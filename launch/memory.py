@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from launch.devices import cpu_cores, place, visible_gpus
 from launch.spec import Placement
@@ -20,6 +21,8 @@ from rlhf.plan.memory import CPU_IMPORTS
 from rlhf.plan.read import read_shape
 from rlhf.plan.roles import Ranks, Shapes
 
+# Processes that keep what they free took up to 2.02 times the plan: docs/scaling.md.
+ROOM_TO_KEEP = 2.5
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 MEMINFO = Path("/proc/meminfo")
 
@@ -95,6 +98,17 @@ def step_report(
         return report.plan_step(resolved.config, resolved.step, shapes, machine), ""
     except UserError as error:
         return None, str(error)
+
+
+def keeps_memory(
+    setting: bool | Literal["auto"], found: report.StepReport | None, machine: Machine
+) -> bool:
+    """launch.keep_memory for a step; where nothing is known about its memory, `auto` is false."""
+    if setting != "auto":
+        return setting
+    if found is None or machine.memory is None:
+        return False
+    return ROOM_TO_KEEP * found.memory.peak <= machine.memory
 
 
 def _readable(parent: str | None, bases: Mapping[str, str | None]) -> str | None:

@@ -19,7 +19,7 @@ from launch.gate import (
 )
 from launch.launchers import build_spec
 from launch.memory import describe as describe_memory
-from launch.memory import machine_of, step_report
+from launch.memory import keeps_memory, machine_of, step_report
 from launch.options import Options
 from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
 from rlhf.config.load import with_values
@@ -103,8 +103,10 @@ def make_plan(options: Options) -> Plan:
         fresh = options.force or config.checkpoint.resume == "never"
         saved = "" if fresh or manifest is not None else unfinished(options, resolved, parents)
         resolved.learning_rate_scale = 1.0 if fresh else recovery_scale(options.run, step)
-        spec = launch_spec(resolved, placement, options.run)
         needs, why_not = step_report(resolved, machine, bases)
+        kept = keeps_memory(config.launch.keep_memory, needs, machine)
+        resolved.config = with_values(resolved.config, {"launch.keep_memory": kept})
+        spec = launch_spec(resolved, placement, options.run)
         steps.append(
             StepPlan(step, resolved, spec, parents, manifest, reason, fresh, saved, needs, why_not)
         )

@@ -50,6 +50,11 @@ class LaunchConfig(Section):
     check_memory: bool = doc(
         True, "Refuse to start a step that the planner is sure will not fit in memory."
     )
+    keep_memory: bool | Literal["auto"] = doc(
+        "auto",
+        "On a CPU: processes keep what memory they free, in large pages: faster, in up to twice "
+        "the memory. auto: where the plan leaves room for 2.5 times of what it says.",
+    )
     forward: list[str] = doc(
         [],
         "multi_node: names of more environment variables for the processes on other nodes, tokens "

@@ -145,12 +145,14 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_process_keeps_the_memory_that_it_frees() -> None:
-    """As long as the user has not said otherwise; GPUs have an allocator of their own."""
+    """Where that has been decided and the user has not set glibc up; GPUs have their own."""
     gpu = Placement("cuda", {"localhost": [0]}, "127.0.0.1", 1)
-    assert "glibc.malloc.hugetlb=1" in env_of(placement=ONE)[0]["GLIBC_TUNABLES"]
-    assert "GLIBC_TUNABLES" not in env_of(placement=ONE, MALLOC_ARENA_MAX="2")[0]
-    assert "GLIBC_TUNABLES" not in env_of(placement=ONE, GLIBC_TUNABLES="")[0]
-    assert "GLIBC_TUNABLES" not in env_of(placement=gpu)[0]
+    kept = "launch.keep_memory=true"
+    assert "glibc.malloc.hugetlb=1" in env_of(kept, placement=ONE)[0]["GLIBC_TUNABLES"]
+    assert "GLIBC_TUNABLES" not in env_of("launch.keep_memory=false", placement=ONE)[0]
+    assert "GLIBC_TUNABLES" not in env_of(kept, placement=ONE, MALLOC_ARENA_MAX="2")[0]
+    assert "GLIBC_TUNABLES" not in env_of(kept, placement=ONE, GLIBC_TUNABLES="")[0]
+    assert "GLIBC_TUNABLES" not in env_of(kept, placement=gpu)[0]
 
 
 def test_scripts_run_without_an_install() -> None:

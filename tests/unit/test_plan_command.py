@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -193,3 +194,27 @@ def test_the_table_of_commands() -> None:
     assert "plan" in COMMANDS
     with pytest.raises(ConfigError, match=r"Did you mean --gpu-memory\?|unrecognized"):
         train.run(["plan", "--gpus", "8", "--gpu-memry", "80GB"])
+
+
+def test_memory_is_kept_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """launch.keep_memory auto: 2.5 times the plan fits; unknown: no; said: as said."""
+    for name in ("GLIBC_TUNABLES", *(n for n in os.environ if n.startswith("MALLOC_"))):
+        monkeypatch.delenv(name, raising=False)
+    plan = plan_of(tmp_path)
+    needs = plan.steps[2].needs
+    enough = replace(plan.machine, memory=needs.memory.peak * 2.51)
+    short = replace(plan.machine, memory=needs.memory.peak * 2.49)
+    unknown = replace(plan.machine, memory=None)
+    keeps = launch_memory.keeps_memory
+    assert keeps("auto", needs, enough)
+    assert not any((keeps("auto", needs, short), keeps("auto", needs, unknown)))
+    assert not keeps("auto", None, enough)
+    assert keeps(True, None, unknown)
+    assert not keeps(False, needs, enough)
+    for argv, kept in (((), True), (("launch.keep_memory=false",), False),
+                       (("--actor-model", "some/unknown-model"), False)):  # fmt: skip
+        for step in plan_of(tmp_path, *argv).steps:
+            assert ("GLIBC_TUNABLES" in step.spec.env) == kept
+            assert step.resolved.config.launch.keep_memory is kept
