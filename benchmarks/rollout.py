@@ -18,14 +18,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM
 
 from benchmarks.pairs import Side, as_launched, compare, print_line, serve, worker
+from benchmarks.workload import ANSWER, EOS, PAD, PROMPT, opt_6m
 from rlhf.models.spec import materialise
 from rlhf.rollout import RolloutRequest, SamplingConfig, build_rollout
 
-PAD, EOS = 0, 1
-PROMPT, ANSWER = 128, 64
 MEAN_ANSWER = 24  # with --early: EOS has probability 1 / 24 at each step
 
 
@@ -59,20 +58,7 @@ def build_model(name: str, dtype: str) -> Any:
             return AutoModelForCausalLM.from_pretrained(
                 directory, dtype=getattr(torch, dtype)
             ).eval()
-    config = OPTConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        word_embed_proj_dim=256,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        ffn_dim=1024,
-        max_position_embeddings=512,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=2,
-        dropout=0.0,
-    )
-    return AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
+    return AutoModelForCausalLM.from_config(opt_6m()).to(getattr(torch, dtype)).eval()
 
 
 def prompts_for(vocab: int, rows: int) -> torch.Tensor:
