@@ -25,9 +25,8 @@ PHASES = ("rollout", "score", "update")
 def without(name: str, ours: OurPPO) -> Iterator[None]:
     """Inside, an iteration does without it."""
     if name == "first-critic-step":
-        ours.reads_apart = True
-        yield
-        ours.reads_apart = False
+        with patch.object(ours, "reads_apart", True):
+            yield
     elif name == "needed":
         with patch("rlhf.models.causal.only_needed", lambda *_: nullcontext()):
             yield

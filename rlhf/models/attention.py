@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.models.needed import FIRST_QUERY
+from rlhf.models.needed import FIRST_QUERY, runs_again
 
 NAME = "rlhf_blocks"
 QUERY_BLOCK = 64  # queries scored at once
@@ -193,8 +193,7 @@ def fast_attention(model: Any) -> AbstractContextManager[None]:
     """Use `block_attention` inside, where it is faster than the model's sdpa."""
     parameter = next(model.parameters())
     half = parameter.dtype in (torch.bfloat16, torch.float16)
-    remade = model.training and getattr(model, "is_gradient_checkpointing", False)
-    if parameter.device.type != "cpu" or not half or remade:
+    if parameter.device.type != "cpu" or not half or runs_again(model):
         return nullcontext()
     return attention_named(model, NAME)
 

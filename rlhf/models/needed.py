@@ -60,9 +60,8 @@ def only_needed(decoder: Any, real: Tensor, read: Tensor | None) -> Iterator[Non
     """
     layers = _layers(decoder)
     known = layers and all(type(layer).__name__ in LAYERS for layer in layers)
-    remade = decoder.training and getattr(decoder, "is_gradient_checkpointing", False)
     with ExitStack() as stack:
-        if known and not remade:
+        if known and not runs_again(decoder):
             last = real if read is None else read
             rows = [_rows(real)] * (len(layers) - 1) + [_rows(last)]
             for layer, wanted in zip(layers, rows, strict=True):
@@ -71,6 +70,13 @@ def only_needed(decoder: Any, real: Tensor, read: Tensor | None) -> Iterator[Non
             if rows[-1] is not None:
                 stack.enter_context(_queries_from(layers[-1], last))
         yield
+
+
+def runs_again(decoder: Any) -> bool:
+    """Gradient checkpointing: layers are computed once more in the backward pass."""
+    # transformers renames the attribute: the old name goes in version 6.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(decoder.training and any(getattr(decoder, name, False) for name in names))
 
 
 def _layers(decoder: Any) -> list[Any]:
