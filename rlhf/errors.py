@@ -70,7 +70,9 @@ def at_its_end(calls: Iterable[Callable[[], None]]) -> Iterator[None]:
             except Exception as error:
                 if failed is None:
                     raise
-                failed.add_note(f"and at its end: {type(error).__name__}: {error}")
+                note = f"and at its end: {type(error).__name__}: {error}"
+                # What add_note does; Python 3.10 has none.
+                vars(failed)["__notes__"] = [*getattr(failed, "__notes__", ()), note]
 
 
 def with_notes(error: BaseException) -> str:

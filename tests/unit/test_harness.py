@@ -22,7 +22,15 @@ from safetensors.torch import load_file
 import train
 from rlhf import harness
 from rlhf.config.schema import ResolvedStep, RunConfig
-from rlhf.errors import ArtifactError, ConfigError, DataError, Diverged, RequirementError
+from rlhf.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    Diverged,
+    RequirementError,
+    at_its_end,
+    with_notes,
+)
 from rlhf.harness import StepRun, Stopped, only_one, run_step
 from rlhf.resume import Keeper
 from rlhf.store import RunDir, verify
@@ -389,3 +397,25 @@ def test_a_save_that_nobody_waited_for_tells_what_went_wrong(tmp_path: Path) -> 
     with pytest.raises(OSError, match="No space left"):
         run.at_end[0]()
     run.at_end[0]()  # told once
+
+
+def test_a_failure_at_the_end_is_a_note_to_the_first() -> None:
+    """On Python 3.10 too, whose exceptions have no add_note."""
+
+    class OldError(Exception):
+        add_note: Any = None
+
+    def fails() -> None:
+        raise OSError(28, "No space left on device")
+
+    first = OldError("the loss is nan")
+    with pytest.raises(OldError) as caught, at_its_end([fails, fails]):
+        raise first
+    assert caught.value is first
+    lines = with_notes(first).splitlines()
+    assert lines[0] == "the loss is nan"
+    assert len(lines) == 3
+    assert lines[1].startswith("and at its end: OSError: ")
+    assert "No space left" in lines[2]
+    with pytest.raises(OSError, match="No space"), at_its_end([fails]):
+        pass
