@@ -13,8 +13,8 @@ from rlhf.data.batches import PairBatch
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError
+from rlhf.evaluation.reward_metrics import pair_metrics
 from rlhf.harness import StepRun, run_step
-from rlhf.report.reward_metrics import pair_metrics
 from rlhf.supervised import Plans, Supervised, planned_steps
 
 

@@ -12,9 +12,9 @@ from rlhf.engine import comm
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.train import FrozenEngine
 from rlhf.errors import UserError
+from rlhf.evaluation.answers import AnswerRecord, paired_gain, summarise
+from rlhf.evaluation.verdict import build_verdict, render
 from rlhf.harness import StepRun
-from rlhf.report.answers import AnswerRecord, paired_gain, summarise
-from rlhf.report.verdict import build_verdict, render
 from rlhf.store import MANIFEST, read_manifest, write_json_atomic, write_text_atomic
 from step3_ppo.evaluate import Evaluation
 from step3_ppo.roles import Roles

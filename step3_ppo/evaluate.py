@@ -11,7 +11,7 @@ from rlhf import data
 from rlhf.config.schema import RLConfig
 from rlhf.data.judges import Judge
 from rlhf.engine import comm
-from rlhf.report.answers import AnswerRecord
+from rlhf.evaluation.answers import AnswerRecord
 from rlhf.rollout import build_rollout, gathering
 from step3_ppo.experience import answer_scores, generate, policy_log_probs
 from step3_ppo.roles import Roles

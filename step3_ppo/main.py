@@ -18,8 +18,8 @@ from rlhf.engine.ema import WeightEMA
 from rlhf.engine.memory import peak_memory
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ConfigError
+from rlhf.evaluation.answers import distinct_2
 from rlhf.harness import StepRun, run_step
-from rlhf.report.answers import distinct_2
 from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
 from step3_ppo.conclude import conclude

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "rlhf/errors.py": (),
     "rlhf/redact.py": (),
     "rlhf/lifeline.py": (),
+    "rlhf/text.py": (),
     "rlhf/config": ("rlhf.errors", "rlhf.redact"),
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
     "rlhf/plan": ("rlhf.config", "rlhf.errors"),

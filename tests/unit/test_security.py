@@ -24,9 +24,9 @@ from rlhf.config.schema import EngineConfig, ModelConfig
 from rlhf.config.step_args import step_config
 from rlhf.data import cache
 from rlhf.errors import ConfigError, RequirementError, UserError
+from rlhf.evaluation.verdict import render
 from rlhf.models import load_causal, load_scalar, load_tokenizer, materialise
 from rlhf.redact import printable
-from rlhf.report.verdict import render
 from rlhf.store import cache_root, private_directory
 from tests.hubclient import client_env, run_python, write_tiny_model
 from tests.hubstub import HubStub

@@ -1,4 +1,4 @@
-"""rlhf.report.verdict: checks, text and exit codes."""
+"""rlhf.evaluation.verdict: checks, text and exit codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.report.verdict import build_verdict, main, render
+from rlhf.evaluation.verdict import build_verdict, main, render
 from rlhf.store import write_json_atomic
 
 FIGURES = {
@@ -102,7 +102,7 @@ def saved(tmp_path: Path, found: dict[str, Any]) -> str:
 
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`python -m rlhf.report.verdict`: 0 all hold, 1 something fails and is named."""
+    """`python -m rlhf.evaluation.verdict`: 0 all hold, 1 something fails and is named."""
     run = saved(tmp_path, verdict())
     assert main([run]) == 0
     assert "VERDICT" in capsys.readouterr().out
@@ -143,5 +143,5 @@ def test_it_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, rlhf.report.verdict; sys.exit('torch' in sys.modules)"
+    code = "import sys, rlhf.evaluation.verdict; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""rlhf.report.reward_metrics by hand (11)."""
+"""rlhf.evaluation.reward_metrics by hand (11)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf.report.reward_metrics import pair_metrics
+from rlhf.evaluation.reward_metrics import pair_metrics
 
 
 def sigmoid(x: float) -> float:

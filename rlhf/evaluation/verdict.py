@@ -1,6 +1,6 @@
 """The verdict of a run: what was learned, in figures and words. Imports no torch.
 
-`python -m rlhf.report.verdict RUN_DIR` prints it again and exits 1 when a check fails.
+`python -m rlhf.evaluation.verdict RUN_DIR` prints it again and exits 1 when a check fails.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _in_order(by_model: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf.report.verdict", description="Print and check a run's verdict."
+        prog="python -m rlhf.evaluation.verdict", description="Print and check a run's verdict."
     )
     parser.add_argument("run", type=Path, help="the run's directory, e.g. output/tiny_cpu")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

@@ -1,4 +1,4 @@
-"""rlhf.report.answers: figures of answers by hand."""
+"""rlhf.evaluation.answers: figures of answers by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.report.answers import AnswerRecord, distinct_2, mean_interval, paired_gain, summarise
+from rlhf.evaluation.answers import AnswerRecord, distinct_2, mean_interval, paired_gain, summarise
 
 
 def record(**changes: Any) -> AnswerRecord:
