@@ -107,6 +107,9 @@ class TrainEngine:
                 yield
         finally:
             self.deepspeed.train(was_training)
+        # At ZeRO-3: a forward fetches ahead what a backward pass would read, and who saves the
+        # model next cannot shard a weight that is still on its way.
+        self.deepspeed.empty_partition_cache()
 
     def step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> float:
         """One optimiser step.
