@@ -66,7 +66,7 @@ def launch(
             heart=heart,
         )
     if heart:
-        outcome = replace(outcome, spread=True, lost=heart.lost)
+        outcome = replace(outcome, spread=True, lost=heart.lost or outcome.lost)
     if outcome.interrupted:
         raise Interrupted(_interruption(run, item.step), outcome.interrupted)
     return outcome
