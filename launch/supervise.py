@@ -18,6 +18,7 @@ from launch import guard
 from launch.heartbeat import Heartbeat
 from launch.spec import LaunchSpec
 from rlhf.redact import RedactedStream
+from rlhf.store.files import open_own
 
 GRACE_SECONDS = 15.0
 TAIL_BYTES = 200_000
@@ -241,7 +242,7 @@ class _Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stream = path.open("ab", buffering=0)
+        self._stream = open_own(path, "ab")
         self.start = self._stream.tell()
         self.unlogged = bytearray()
 

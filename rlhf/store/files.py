@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 from rlhf.errors import ArtifactError, RequirementError, UserError
 
@@ -31,6 +32,8 @@ _REMEDIES = {
     errno.ENOTDIR: "a file is in the way: remove it, or choose another --output-dir or --name",
     errno.EEXIST: "a file is in the way: remove it, or choose another --output-dir or --name",
     errno.ENAMETOOLONG: "choose a shorter --output-dir or --name",
+    errno.ELOOP: "it is a symbolic link, and a run writes nothing outside its directory through "
+    "one: remove it",
     errno.EIO: "the disk reports an error, or a quota is used up: choose another --output-dir",
 }
 
@@ -55,6 +58,18 @@ def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[N
             f"{path}: cannot be written: {os.strerror(code)}{at}; {_REMEDIES[code]}. "
             "What was there before is intact"
         ) from error
+
+
+def open_own(path: Path | str, mode: str) -> IO[Any]:
+    """`open(path, mode)` for a file that a run writes in its own directory: UTF-8 or unbuffered
+    bytes. Raises OSError (ELOOP) where it is a symbolic link, whose target is somebody else's."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    if "b" in mode:
+        return open(path, mode, buffering=0, opener=opener)
+    return open(path, mode, encoding="utf-8", newline="", opener=opener)
 
 
 def _code_in(message: str, path: Path) -> int | None:

@@ -22,7 +22,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 # file or folder -> what of ours it may import (itself always)
 MAY_IMPORT = {
-    "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact"),
+    "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact", "rlhf.home"),
     "launch": (
         "rlhf.config",
         "rlhf.store",
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "rlhf/redact.py": (),
     "rlhf/lifeline.py": (),
     "rlhf/text.py": (),
+    "rlhf/home.py": ("rlhf.errors",),
     "rlhf/config": ("rlhf.errors", "rlhf.redact"),
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
     "rlhf/plan": ("rlhf.config", "rlhf.errors"),

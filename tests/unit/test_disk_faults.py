@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from launch.spec import PROJECT_ROOT
-from rlhf.harness import RankLog, Tee
+from rlhf.ranklog import RankLog, Tee
 from rlhf.store import read_manifest, verify
 from tests.unit.driver_help import write_scripts
 from tests.unit.test_driver_run import DRIVE
