@@ -18,7 +18,7 @@ from launch import guard
 from launch.heartbeat import Heartbeat
 from launch.spec import LaunchSpec
 from rlhf.redact import RedactedStream
-from rlhf.store.files import open_own
+from rlhf.store.files import open_own, room_remedy
 
 GRACE_SECONDS = 15.0
 TAIL_BYTES = 200_000
@@ -287,7 +287,10 @@ def _tee(
             ended = not chunk
             chunk = redacted.end() if ended else redacted.feed(chunk)
             if problem := record.write(chunk):
-                text = f"\nwarning: {problem}: only the console has what follows; free some space\n"
+                text = (
+                    f"\nwarning: {problem}: only the console has what follows; "
+                    f"{room_remedy(record.path)}\n"
+                )
                 chunk += text.encode()
             if console is None or state.interrupted:
                 continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlhf.redact import redact
-from rlhf.store.files import open_own
+from rlhf.store.files import open_own, room_remedy
 
 
 class RankLog:
@@ -30,7 +30,7 @@ class RankLog:
                 self._told = True
                 print(
                     f"warning: {self.path}: cannot be written ({error.strerror}): the console "
-                    "alone has what follows; free some space",
+                    f"alone has what follows; {room_remedy(self.path)}",
                     file=self.console,
                     flush=True,
                 )

@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 _TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter")
 _NO_ROOM = 64 << 20
 _REMEDIES = {
-    errno.ENOSPC: "free some space, or choose another --output-dir",
+    errno.ENOSPC: "",  # room_remedy
     errno.EDQUOT: "your disk quota is used up: free some space, or choose another --output-dir",
     errno.EFBIG: "the file system or a limit (ulimit -f) refuses files of this size",
     errno.EROFS: "choose a writable --output-dir",
@@ -54,10 +54,23 @@ def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[N
             raise
         where = getattr(error, "filename", None)
         at = f" (at {where})" if where and str(where) != str(path) else ""
+        remedy = f"{room_remedy(path)}, or choose another --output-dir"
         raise kind(
-            f"{path}: cannot be written: {os.strerror(code)}{at}; {_REMEDIES[code]}. "
+            f"{path}: cannot be written: {os.strerror(code)}{at}; "
+            f"{remedy if code == errno.ENOSPC else _REMEDIES[code]}. "
             "What was there before is intact"
         ) from error
+
+
+def room_remedy(path: Path | str) -> str:
+    """What to do about "No space left on device", which says the same of bytes and of inodes."""
+    place = Path(path).absolute()
+    with contextlib.suppress(OSError):
+        existing = next(one for one in (place, *place.parents) if one.exists())
+        found = os.statvfs(existing)
+        if found.f_files and not found.f_favail and found.f_bavail:
+            return "its file system has room but no inodes left: remove some files, of any size"
+    return "free some space"
 
 
 def open_own(path: Path | str, mode: str) -> IO[Any]:
