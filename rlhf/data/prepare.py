@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 
+from rlhf import stall
 from rlhf.config.schema import DataConfig
 from rlhf.data import cache
 from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
@@ -209,6 +210,7 @@ def _read(
 def _samples(part: Part, maker: SampleMaker, report: DataReport) -> Iterator[Sample]:
     for where, row in part.rows():
         report.read += 1
+        stall.mark()
         try:
             if isinstance(row, BadRow):
                 raise row

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 
+from rlhf import stall
 from rlhf.config.schema import EngineConfig, OptimConfig
 from rlhf.engine import comm
 from rlhf.engine.config import deepspeed_config
@@ -72,6 +73,7 @@ class TrainEngine:
         self.deepspeed.train()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stall.mark()
         return self.deepspeed(*args, **kwargs)
 
     @property
@@ -174,4 +176,5 @@ class FrozenEngine:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stall.mark()
         return self.deepspeed(*args, **kwargs)
