@@ -18,6 +18,7 @@ from rlhf.data import cache
 from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
 from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
+from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
 from rlhf.data.sources.base import NoPreference, sha256
 from rlhf.data.split import Keys, assign, draw
@@ -26,7 +27,7 @@ from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError
 
 # Raise it when the same settings and data would give other rows.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Split = Literal["train", "eval"]
 
 
@@ -47,6 +48,7 @@ class _Request:
     seed: int
     limits: Limits
     response_column: str
+    margins: bool
     split: Split
 
 
@@ -64,14 +66,16 @@ def prepare(
     max_prompt_length: int,
     max_length: int | None,
     response_column: str = "auto",
+    margins: bool = False,
     split: Split = "train",
 ) -> StageData:
     """Read, split and tokenise the rows of one step, or take them from the cache.
 
     The tokenizer must have an eos token; it is not changed. Rows come in an order that depends on
-    their content and the seed only. `split="eval"` gives the held-out rows, the same for all steps
-    (none if nothing is held out). Raises DataError (unreadable, too many bad rows, no training row
-    left) and ConfigError (formats, columns, template).
+    their content and the seed only. `margins`: step 2 needs each row's. `split="eval"` gives the
+    held-out rows, the same for all steps (none if nothing is held out). Raises DataError
+    (unreadable, not understood, too many bad rows, no training row left) and ConfigError (formats,
+    columns, template).
     """
     if max_length is not None and max_length <= max_prompt_length:
         raise ConfigError(
@@ -79,7 +83,7 @@ def prepare(
             "answers need room"
         )
     limits = Limits(max_prompt_length, max_length if step != 3 else None, data.long_prompts)
-    request = _Request(data, step, seed, limits, response_column, split)
+    request = _Request(data, step, seed, limits, response_column, margins, split)
     encoder = Encoder(tokenizer, data.template)
     sets = open_data_sets(data)
     root = cache.data_root(data.cache_dir)
@@ -110,6 +114,7 @@ def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[Dat
         "seed": request.seed,
         "limits": [request.limits.prompt, request.limits.total],
         "response_column": request.response_column,
+        "margins": request.margins,
         "split": request.split,
     }
     return sha256(json.dumps(settings, sort_keys=True))
@@ -126,11 +131,12 @@ def _build(
     report = DataReport()
     maker = SampleMaker(
         request.data,
-        lambda messages, generate: render(
-            tokenizer, encoder.template, messages, generate=generate
+        lambda messages, generate, tools=None: render(
+            tokenizer, encoder.template, messages, generate=generate, tools=tools
         ).removeprefix(encoder.bos),
+        encoder.template,
     )
-    samples, keys = _read(sets, maker, report)
+    samples, keys = _read(request.data, sets, maker, report)
     used = _usable(_select(request, samples, keys, report), request, report)
     _check(request, report, only_bad=True)
     columns = encode(used, request.step, encoder, request.limits, report)
@@ -141,37 +147,47 @@ def _build(
 
 
 def _read(
-    sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
+    data: DataConfig, sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
 ) -> tuple[list[_Found], list[Keys]]:
     """All usable rows, and per data set the content keys of its parts."""
     rows: list[_Found] = []
     keys: list[Keys] = []
     seen: set[str] = set()
     for one in sets:
+        readers = {}
+        for shape, parts in shapes_of(one, data):
+            readers.update(dict.fromkeys((part.name for part in parts), Reader(shape, data)))
         by_role: tuple[set[str], set[str]] = (set(), set())
         for part in sorted(one.parts, key=lambda part: part.fingerprint):
-            for sample in _samples(part, maker, report):
+            for sample in _samples(part, readers[part.name], maker, report):
                 if sample.key in seen:
                     report.add_duplicate(sample.where)
                 seen.add(sample.key)
                 by_role[part.held_out].add(sample.key)
                 rows.append(_Found(sample, part.held_out))
+        for reader in dict.fromkeys(readers.values()):
+            report.shapes += [*reader.finish(), *maker.notes(reader.shape)]
         brings = any(part.held_out for part in one.parts)
         keys.append(Keys(frozenset(by_role[False]), frozenset(by_role[True]), brings))
     return rows, keys
 
 
-def _samples(part: Part, maker: SampleMaker, report: DataReport) -> Iterator[Sample]:
+def _samples(
+    part: Part, reader: Reader, maker: SampleMaker, report: DataReport
+) -> Iterator[Sample]:
     for where, row in part.rows():
         report.read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            yield maker(row, where)
+            samples = [maker(one, where) for one in reader(row)]
         except NoPreference as reason:
             report.add_dropped(str(reason), where)
         except BadRow as reason:
             report.add_bad(str(reason), where)
+        else:
+            report.extra += len(samples) - 1
+            yield from samples
 
 
 def _select(
@@ -213,13 +229,16 @@ def _usable(
         texts = [getattr(sample, name) for name in names]
         columns = [request.data.columns.get(name, name) for name in names]
         lacking = [c for c, text in zip(columns, texts, strict=True) if text is None]
+        margin = request.data.columns.get("margin", "margin")
         empty = [c for c, t in zip(columns, texts, strict=True) if t is not None and not t.strip()]
         if lacking and request.split == "eval":
             report.add_dropped(f"held-out row without {lacking[0]!r}", sample.where)
         elif lacking:
-            report.add_bad(f"column {lacking[0]!r} is missing", sample.where)
+            report.add_bad(sample.lacks or f"column {lacking[0]!r} is missing", sample.where)
         elif empty:
-            report.add_bad(f"column {empty[0]!r} is empty", sample.where)
+            report.add_bad(f"column {empty[0]!r} is empty, so the row is left out", sample.where)
+        elif request.margins and sample.margin is None:
+            report.add_bad(f"column {margin!r} is missing or not a number", sample.where)
         elif len(texts) == 2 and texts[0] == texts[1]:
             report.add_bad("chosen equals rejected", sample.where)
         else:
