@@ -18,7 +18,6 @@ import pytest
 
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources import SOURCES, kind_of, open_data_sets
-from rlhf.data.sources.base import BadRow
 from rlhf.errors import DataError
 from tests.unit.data_help import gpt2_like, pair, run, write_jsonl
 
