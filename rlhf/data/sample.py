@@ -16,8 +16,9 @@ from rlhf.config.schema import DataConfig
 from rlhf.data import placeholders
 from rlhf.data.shapes import ANSWERS, Example, Shape
 from rlhf.data.shapes.table import number
-from rlhf.data.shapes.turns import extras, text_of
+from rlhf.data.shapes.turns import extras
 from rlhf.data.sources.base import BadRow, sha256
+from rlhf.data.split import prompt_key
 from rlhf.data.templates import Messages
 from rlhf.errors import ConfigError
 
@@ -32,10 +33,10 @@ class Render(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and the answers the row has for it. `where` is the row's place, `key` hashes its
-    content before rendering (so that no template, tokenizer or step changes it), `prompt_content`
-    is the prompt's text before rendering. `lacks`: why an answer is not there, where that is known.
-    """
+    """A prompt and the answers the row has for it. `where` is the row's place. `key` hashes its
+    content, `prompt_key` its prompt (`rlhf.data.split.prompt_key`), both before rendering (so that
+    no template, tokenizer or step changes them). `lacks`: why an answer is not there, where that is
+    known."""
 
     prompt: str
     response: str | None
@@ -44,7 +45,7 @@ class Sample:
     margin: float | None
     where: str
     key: str = ""
-    prompt_content: str = ""
+    prompt_key: str = ""
     lacks: str | None = None
 
 
@@ -80,7 +81,7 @@ class SampleMaker:
             margin=margin,
             where=where,
             key=key,
-            prompt_content=text_of(example.prompt),
+            prompt_key=prompt_key(example.prompt),
             lacks=example.lacks,
             **{name: answers.get(name) for name in ANSWERS},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from typing import Any
 
 from rlhf.data.shapes.turns import is_turn
@@ -23,7 +24,9 @@ def decode(text: str, column: str) -> Any:
     if len(text) > _LONGEST or _depth(text) > _DEEPEST:
         raise BadRow(f"column {column!r}: a cell that is no JSON and too long or nested to read")
     try:
-        return ast.literal_eval(text.strip())
+        with warnings.catch_warnings():  # of a backslash that is no escape, which stays one
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         raise BadRow(
             f"column {column!r}: a cell is neither JSON nor a Python literal (a printed numpy "
@@ -46,7 +49,7 @@ def holds_messages(text: Any) -> bool:
 
 def holds_list(text: Any) -> bool:
     """Whether a cell that should be a list is one written as text."""
-    return isinstance(text, str) and text.lstrip()[:1] in ("[", "{")
+    return isinstance(text, str) and text.lstrip().startswith(("[", "{", "array("))
 
 
 def is_messages(value: Any) -> bool:

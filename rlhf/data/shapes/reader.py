@@ -26,6 +26,10 @@ class Reader:
         and came later than the first rows."""
         self._look_at_columns(row)
         examples = self.shape.read(row)
+        if any(one.tools and isinstance(one.prompt, str) for one in examples):
+            raise DataError(
+                unused_column("tools", self.shape.kind, self.shape.source, sorted(self._known))
+            )
         if self._auto:
             for one in examples:
                 found = repeats(one)

@@ -99,16 +99,6 @@ def _call(call: Any, column: str) -> dict[str, Any]:
     return {**extra, "type": "function", "function": known}
 
 
-def text_of(prompt: str | Messages) -> str:
-    """A prompt's content as text, before any template: what makes two prompts the same prompt."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(
-        "\n".join([one["role"], one["content"], *map(json.dumps, one.get("tool_calls", ()))])
-        for one in prompt
-    )
-
-
 def extras(messages: Messages) -> set[str]:
     """What the messages have that not every chat template knows."""
     found = {key for one in messages for key in ("tool_calls", "reasoning_content") if one.get(key)}
