@@ -116,6 +116,7 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
             seed=run.config.seed,
             max_prompt_length=settings.max_prompt_length,
             max_length=settings.max_length,
+            margins=settings.margin == "column",
             split=split,
         )
     for line in rows.lines(split):
