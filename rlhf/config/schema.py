@@ -294,10 +294,19 @@ class RoleConfig(Section):
 
 
 class EvalConfig(Section):
-    prompts: Positive = doc(128, "Held-out prompts for the verdict; every model answers the same.")
+    prompts: Positive = doc(
+        128,
+        "Answers of each model to held-out prompts; one to each different prompt, more where there "
+        "are fewer prompts.",
+    )
     samples: NonNegative = doc(3, "Answers shown side by side.")
     judge: str | None = doc(
         None, "Rule-based judge: `courtesy`, `vader`, or `module:function`; unset: the data's own."
+    )
+    judge_timeout: float | None = doc(
+        3600.0,
+        "Seconds that the judge may take over all answers of a model; unset: no limit.",
+        gt=0,
     )
 
 
