@@ -27,7 +27,7 @@ from rlhf.config.resolve import absolute_paths, refuse_redacted
 from rlhf.config.schema import ResolvedStep
 from rlhf.errors import ArtifactError, EvaluationFailed, RequirementError
 from rlhf.redact import redact
-from rlhf.store import MANIFEST, Manifest, RunDir, find_evaluation, read_manifest
+from rlhf.store import MANIFEST, NO_VERDICT, Manifest, RunDir, find_evaluation, read_manifest
 
 ACT = "evaluation"
 FLAGS = [
@@ -123,7 +123,8 @@ def verdict_text(run: RunDir) -> str:
             return ""
     except ArtifactError:
         return ""
-    text = (run.artifact("evaluation") / "verdict.txt").read_text(encoding="utf-8")
+    names = (run.artifact("evaluation") / name for name in ("verdict.txt", NO_VERDICT))
+    text = next(path for path in names if path.exists()).read_text(encoding="utf-8")
     return "\n" + text.strip("\n")
 
 

@@ -53,7 +53,7 @@ def cards(
     """Part (actor, critic, actor_ema) -> its card.
 
     `training`: of `training_figures`; `evaluation`: model (sft, ppo, ema) -> `figures`, once the
-    policy has been evaluated.
+    policy has been evaluated; empty: there was nothing to evaluate it on.
     """
     found = {}
     for part in parts:
@@ -62,6 +62,8 @@ def cards(
         else:
             lines, base = _policy(part, training, ema_decay), sft
             lines += _evaluated(SPEAKER[part], evaluation or {})
+        if evaluation is not None and not evaluation:
+            lines.append("no held-out prompts: no verdict")
         found[part] = model_card(f"{algorithm.upper()} {part}", base=base, lines=lines)
     return found
 

@@ -56,3 +56,5 @@ def publish(
     evaluation, _ = find_evaluation(run.directory)
     if evaluation is None:  # of the policy that was here before
         remove(run.directory.artifact("evaluation"))
+    for name in ("verdict.json", "verdict.txt"):  # where releases before this one kept it
+        remove(run.step_dir / name)

@@ -23,6 +23,7 @@ from rlhf.evaluation.verdict import build_verdict, render
 from rlhf.harness import StepRun, run_step
 from rlhf.store import (
     CARD,
+    NO_VERDICT,
     Manifest,
     amend,
     find_evaluation,
@@ -41,9 +42,8 @@ from step3_ppo.prompts import read_prompts
 Answers = dict[str, list[AnswerRecord]]
 UNJUDGED = "unjudged.jsonl"  # in the step's directory: answers whose evaluation is not finished
 NOTHING_HELD_OUT = (
-    "\nNO VERDICT: nothing was held out (data.eval_fraction=0), so nothing says what was learned.\n"
-    "Evaluate on prompts of your own: python train.py evaluate RUN --data-path FILE "
-    "data.eval_fraction=1\n"
+    "NO VERDICT: nothing was held out (data.eval_fraction=0), so nothing says what was learned.\n"
+    "Evaluate on prompts of your own: python train.py evaluate RUN --data-path test.jsonl\n"
 )
 
 
@@ -152,7 +152,7 @@ def _from_lines(lines: list[str]) -> Answers:
 
 def _publish(run: StepRun, held_out: data.StageData, answers: Answers, identity: str) -> None:
     """Judges, writes the figures into the cards, and publishes verdict and answers."""
-    texts, metrics = {"verdict.txt": NOTHING_HELD_OUT}, {}
+    texts, metrics = {NO_VERDICT: NOTHING_HELD_OUT}, {}
     policy = read_manifest(run.directory.artifact("ppo"))
     if answers:
         judge = _judge(run)
@@ -164,7 +164,7 @@ def _publish(run: StepRun, held_out: data.StageData, answers: Answers, identity:
             "answers.jsonl": _as_lines(answers),
         }
         metrics = {name: figures(records) for name, records in answers.items()}
-        policy = _amend_cards(run, policy, metrics)
+    policy = _amend_cards(run, policy, metrics)
 
     def write(directory: Path) -> None:
         for name, text in texts.items():
@@ -188,7 +188,8 @@ def _publish(run: StepRun, held_out: data.StageData, answers: Answers, identity:
         metrics=metrics,
     )
     (run.step_dir / UNJUDGED).unlink(missing_ok=True)
-    run.say(f"step 3: evaluated, {run.directory.artifact('evaluation')}")
+    said = "evaluated" if answers else "no held-out prompts, so no verdict"
+    run.say(f"step 3: {said}: {run.directory.artifact('evaluation')}")
 
 
 def _judged(run: StepRun, judge: Judge | None, records: list[AnswerRecord]) -> list[AnswerRecord]:

@@ -23,6 +23,6 @@ def read_prompts(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) 
             max_length=None,
             split=split,
         )
-    for line in rows.report.lines():
-        run.say(f"{split} data: {line}")
+    for line in rows.lines(split):
+        run.say(line)
     return rows

@@ -1,6 +1,6 @@
 """Run directories and artifacts: written atomically, proven before use. Imports no torch."""
 
-from rlhf.store.evaluation import find_evaluation
+from rlhf.store.evaluation import NO_VERDICT, find_evaluation
 from rlhf.store.files import cache_root, private_directory
 from rlhf.store.jsonio import (
     canonical_json,
@@ -30,6 +30,7 @@ __all__ = [
     "CARD",
     "KINDS",
     "MANIFEST",
+    "NO_VERDICT",
     "STEP_DIRS",
     "FileRecord",
     "Manifest",

@@ -6,6 +6,10 @@ from rlhf.errors import ArtifactError
 from rlhf.store.layout import RunDir
 from rlhf.store.manifest import Manifest, read_manifest, verify
 
+NO_VERDICT = (
+    "no_verdict.txt"  # beside no verdict.txt: what an evaluation without prompts has to say
+)
+
 
 def find_evaluation(run: RunDir) -> tuple[Manifest | None, str]:
     """(the evaluation of the policy that step 3 has published, ""), or (None, why there is none).

@@ -164,13 +164,13 @@ def test_nothing_held_out(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     step(3, config(root), root / "run", tmp_path)
     run = RunDir(tmp_path)
     policy = verify(run.artifact("ppo"), "ppo")
-    assert "evaluation" not in policy.metrics
+    assert policy.metrics["evaluation"] == {}
     assert find_evaluation(run)[0] is not None
     assert sorted(p.name for p in run.artifact("evaluation").iterdir()) == [
         "MANIFEST.json",
-        "verdict.txt",
+        "no_verdict.txt",
     ]
-    assert "NO VERDICT" in (run.artifact("evaluation") / "verdict.txt").read_text()
+    assert "NO VERDICT" in (run.artifact("evaluation") / "no_verdict.txt").read_text()
 
 
 def test_a_judge_that_does_not_exist_is_refused_before_training(root: Path, tmp_path: Path) -> None:
