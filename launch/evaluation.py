@@ -3,6 +3,7 @@ run that was cut off between publishing and its verdict."""
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -50,8 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[RunDir, StepPlan, bool]:
     """The run, what its processes are told, and whether to stop at that."""
-    tokens, overrides = split_overrides(normalize_flags(argv))
-    flags = parser().parse_args(tokens)
+    flags, asked = parse_flags(argv)
     run = RunDir(_run_directory(flags.run))
     if not run.artifact("ppo").is_dir():
         raise RequirementError(
@@ -59,12 +59,9 @@ def parse(argv: Sequence[str]) -> tuple[RunDir, StepPlan, bool]:
             f"python train.py --step 3 --name {run.path.name}"
         )
     manifest = prove(run.artifact("ppo"), "ppo", quick=True)
-    values, _ = flag_values(flags)
-    asked = {**parse_overrides(overrides), **values}
-    for name in ("judge", "prompts"):
-        if getattr(flags, name) is not None:
-            asked[f"step3.eval.{name}"] = getattr(flags, name)
     config = build_config(dict(manifest.config), {"": str(run.artifact("ppo") / MANIFEST)})
+    if flags.num_gpus and config.launch.deployment_type == "single_gpu":  # as train.py takes it
+        asked.setdefault("launch.deployment_type", "single_node")
     config = absolute_paths(with_values(config, asked))
     refuse_redacted(config)
     placement = place(config.launch)
@@ -77,6 +74,18 @@ def parse(argv: Sequence[str]) -> tuple[RunDir, StepPlan, bool]:
     )
     spec = launch_spec(resolved, placement, run, ACT)
     return run, StepPlan(3, resolved, spec, [], act=ACT), flags.dry_run
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags, and all settings that are asked for. Raises ConfigError."""
+    tokens, overrides = split_overrides(normalize_flags(argv))
+    flags = parser().parse_args(tokens)
+    values, _ = flag_values(flags)
+    asked = {**parse_overrides(overrides), **values}
+    for name in ("judge", "prompts"):
+        if getattr(flags, name) is not None:
+            asked[f"step3.eval.{name}"] = getattr(flags, name)
+    return flags, asked
 
 
 def parser() -> Parser:
@@ -100,7 +109,8 @@ def evaluate(run: RunDir, item: StepPlan, env: Mapping[str, str], lock: int) -> 
     """Launches the evaluation and proves its result. Raises EvaluationFailed."""
     before = _stamp(run)
     outcome = execute.launch(run, item, dict(env), lock)
-    _confirm(run, item, outcome, fresh=_stamp(run) != before)
+    if item.spec.leads:  # the verdict is written where rank 0 is
+        _confirm(run, item, outcome, fresh=_stamp(run) != before)
 
 
 def make_up(plan: Plan, item: StepPlan, env: Mapping[str, str], lock: int) -> None:

@@ -34,6 +34,7 @@ from rlhf.store import (
     verify,
     write_text_atomic,
 )
+from rlhf.text import normalised
 from step3_ppo.answers import Questions, prompt_indices
 from step3_ppo.cards import cards, figures
 from step3_ppo.cast import Cast, metrics_of, published_cast
@@ -104,7 +105,7 @@ def _judge(run: StepRun) -> Judge | None:
 
 
 def _intention(questions: Questions) -> str:
-    prompts = len({row["prompt"] for row in questions.rows})
+    prompts = len({normalised(row["prompt"]) for row in questions.rows})
     return f"{len(questions.rows)} answers of each model to {prompts} held-out prompts"
 
 

@@ -10,23 +10,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rlhf.errors import RequirementError, UserError
+from rlhf.errors import UserError
 from rlhf.evaluation.pooling import pool, render_pooled
-from rlhf.store import RunDir, find_evaluation, read_json, write_json_atomic, write_text_atomic
-
-
-def verdict_of(run: RunDir) -> dict[str, Any]:
-    """The verdict on the policy that this run has published. Raises RequirementError."""
-    found, why = find_evaluation(run)
-    path = run.artifact("evaluation") / "verdict.json"
-    if found is None or not path.exists():
-        why = why or "nothing was held out, so it has no verdict"
-        raise RequirementError(
-            f"{run.path}: {why}. Evaluate it with: python train.py evaluate {run.path}"
-        )
-    return dict(read_json(path))
+from rlhf.evaluation.published import verdict_of
+from rlhf.store import RunDir, write_json_atomic, write_text_atomic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         pooled = pool([verdict_of(RunDir(path)) for path in args.runs])
-        pooled["runs"] = [str(path) for path in args.runs]
+        pooled["directories"] = [str(path) for path in args.runs]
         text = render_pooled(pooled)
         print(text)
         if args.write:

@@ -16,6 +16,10 @@ def find_evaluation(run: RunDir) -> tuple[Manifest | None, str]:
 
     Raises ArtifactError if there is no such policy.
     """
+    if not run.artifact("ppo").is_dir():
+        raise ArtifactError(
+            f"{run.artifact('ppo')}: no 'ppo' artifact here; make it with: python train.py --step 3"
+        )
     policy = read_manifest(run.artifact("ppo"))
     place = run.artifact("evaluation")
     if not place.exists():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.store import RunDir, find_evaluation, read_json, read_manifest, verify
+from rlhf.store import RunDir, find_evaluation, read_manifest, verify
 from tests.pipeline.test_two_ranks import SETTINGS, write_rows
 from tests.unit import model_help as help_
 from tests.unit.test_launch_supervise import wait_for
@@ -26,9 +26,6 @@ def slow_once(prompts, answers, ended):
         here.write_text("now")
         time.sleep(600)
     return [len(answer) for answer in answers]
-
-def wrong(prompts, answers, ended):
-    return [float("nan") for _ in answers]
 """
 
 
@@ -85,7 +82,7 @@ def test_evaluate_again_on_two_ranks(root: Path) -> None:
     run = RunDir(root / "one")
     code, out = finish(
         start(root, "evaluate", str(run.path), "--prompts", "13", "--num-gpus", "2",
-              "--judge", "lengths:slow_once", "launch.deployment_type=single_node")
+              "--judge", "lengths:slow_once")
     )  # fmt: skip
     assert code == 0, out
     lines = (run.artifact("evaluation") / "answers.jsonl").read_text("utf-8").splitlines()
@@ -94,10 +91,4 @@ def test_evaluate_again_on_two_ranks(root: Path) -> None:
     assert prompts["sft"] == prompts["ema"]
     assert len(set(prompts["sft"])) == len(prompts["sft"]) == 13
     assert (run.logs(3) / "rank1.log").is_file()
-    verdict = read_json(run.artifact("evaluation") / "verdict.json")
-    code, out = finish(start(root, "evaluate", str(run.path), "--judge", "lengths:wrong"))
-    assert code == 1
-    assert "returned nan" in out
-    assert "the verdict that was there stays" in out
-    assert read_json(run.artifact("evaluation") / "verdict.json") == verdict
     assert read_manifest(run.artifact("ppo")).metrics["evaluation"]["ppo"]["answers"] == 13

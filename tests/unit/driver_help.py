@@ -133,14 +133,19 @@ def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | N
     return manifest.id
 
 
-def make_evaluation(run: Path, text: str) -> None:
+def make_evaluation(run: Path, text: str, verdict: dict[str, Any] | None = None) -> None:
     """Publishes an evaluation of step 3's artifact, with this verdict."""
-    from rlhf.store import read_manifest
+    from rlhf.store import read_manifest, write_json_atomic
 
     policy = read_manifest(RunDir(run).artifact("ppo"))
+
+    def write(directory: Path) -> None:
+        (directory / "verdict.txt").write_text(text)
+        write_json_atomic(directory / "verdict.json", verdict or {})
+
     publish(
         RunDir(run).step_dir(3),
-        lambda directory: (directory / "verdict.txt").write_text(text) and None,
+        write,
         name="evaluation",
         kind="evaluation",
         step=3,
