@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import console, execute, recover
+from launch import console, evaluation, execute, recover, seeds
 from launch.commands import COMMANDS
 from launch.options import Options, parse_options
 from launch.plan import Plan, describe, make_plan, plan_json
@@ -54,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
     options = parse_options(argv)
+    if options.seeds:
+        return seeds.run_all(options, main)
     if options.print_config or options.json_schema:
         print(json_schema() if options.json_schema else redact(config_yaml(options.config)))
         return 0
@@ -83,6 +85,8 @@ def run_steps(options: Options, plan: Plan, env: dict[str, str], lock: int) -> N
     """Each step is launched once its parents are proven, and proven before the next."""
     for item in plan.steps:
         if item.manifest is not None:
+            if item.unevaluated:
+                evaluation.make_up(plan, item, env, lock)
             continue
         print(
             f"\nstep {item.step} of {options.steps}: DeepSpeed starts; its first line takes some "
@@ -91,13 +95,14 @@ def run_steps(options: Options, plan: Plan, env: dict[str, str], lock: int) -> N
         )
         manifest, outcome = recover.run_step(plan.run, item, env, lock)
         print(execute.describe_result(item, manifest, outcome), flush=True)
+        if item.step == 3 and not plan.role:
+            evaluation.confirm(plan.run, item, outcome)
 
 
 def show_verdict(plan: Plan) -> None:
     """What came of it, for a person."""
-    verdict = plan.run.step_dir(3) / "verdict.txt"
-    if any(item.step == 3 for item in plan.steps) and verdict.is_file():
-        print("\n" + verdict.read_text(encoding="utf-8").rstrip())
+    if any(item.step == 3 for item in plan.steps):
+        print(evaluation.verdict_text(plan.run))
     print(f"\nThe run is in {plan.run.path}")
 
 

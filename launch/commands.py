@@ -1,4 +1,4 @@
-"""Subcommands of `rlhf` and `python train.py` that look at a run instead of making one."""
+"""Subcommands of `rlhf` and `python train.py`: all that is not making a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ def _doctor(argv: Sequence[str]) -> int:
     from launch import doctor
 
     return doctor.main(argv)
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from launch import evaluation
+
+    return evaluation.main(argv)
 
 
 def _example(argv: Sequence[str]) -> int:
@@ -26,6 +32,7 @@ def _plan(argv: Sequence[str]) -> int:
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
+    "evaluate": _evaluate,
     "example": _example,
     "plan": _plan,
 }

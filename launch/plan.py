@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from rlhf.config.resolve import (
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.plan.advise import Machine
 from rlhf.plan.report import StepReport, as_json
-from rlhf.store import STEP_DIRS, Manifest, RunDir
+from rlhf.store import STEP_DIRS, Manifest, RunDir, find_evaluation
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class StepPlan:
     needs: StepReport | None = None
     """Its memory and time; None: not planned, for the reason in `not_planned`."""
     not_planned: str = ""
+    act: str = ""
+    """"evaluation": only that; the step is done."""
+    unevaluated: str = ""
+    """Why a step 3 that is done has still to be evaluated."""
 
     @property
     def done(self) -> bool:
@@ -107,16 +111,22 @@ def make_plan(options: Options) -> Plan:
         kept = keeps_memory(config.launch.keep_memory, needs, machine)
         resolved.config = with_values(resolved.config, {"launch.keep_memory": kept})
         spec = launch_spec(resolved, placement, options.run)
-        steps.append(
-            StepPlan(step, resolved, spec, parents, manifest, reason, fresh, saved, needs, why_not)
+        item = StepPlan(
+            step, resolved, spec, parents, manifest, reason, fresh, saved, needs, why_not
         )
+        if step == 3 and manifest is not None:
+            item = replace(item, unevaluated=find_evaluation(options.run)[1])
+        steps.append(item)
     return Plan(options.run, config, options.recipe, placement, machine, steps)
 
 
-def launch_spec(resolved: ResolvedStep, placement: Placement, run: RunDir) -> LaunchSpec:
-    """The command that starts the step's processes."""
-    script = PROJECT_ROOT / STEP_DIRS[resolved.step] / "main.py"
-    arguments = ["--config", str(run.resolved(resolved.step))]
+def launch_spec(
+    resolved: ResolvedStep, placement: Placement, run: RunDir, act: str = ""
+) -> LaunchSpec:
+    """The command that starts the step's processes; `act`: "evaluation", which is a script of its
+    own."""
+    script = PROJECT_ROOT / STEP_DIRS[resolved.step] / f"{act or 'main'}.py"
+    arguments = ["--config", str(run.resolved(resolved.step, act))]
     return build_spec(resolved.config, script, arguments, placement)
 
 
@@ -140,10 +150,9 @@ def describe_step(item: StepPlan, machine: Machine) -> list[str]:
     step, resolved = item.step, item.resolved
     head = f"step {step}   {STEP_NAMES[step]}: {_origin(item)} -> {STEP_DIRS[step]}/artifact"
     if item.manifest is not None:
-        return [
-            head,
-            f"         already done (artifact {item.manifest.id[:12]}); --force repeats it",
-        ]
+        done = f"already done (artifact {item.manifest.id[:12]}); --force repeats it"
+        again = [f"evaluation runs: {item.unevaluated}"] if item.unevaluated else []
+        return [head, *(f"         {line}" for line in [done, *again])]
     lines = [head]
     if item.reason:
         lines.append(f"         again: {item.reason}")
@@ -214,6 +223,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "name": STEP_DIRS[item.step],
                 "action": "skip" if item.done else "run",
                 "reason": item.reason,
+                "evaluates": bool(item.unevaluated) or (item.step == 3 and not item.done),
                 "goes_on_from": item.saved,
                 "parents": item.resolved.parents,
                 "notes": [parent.note for parent in item.parents if parent.note],

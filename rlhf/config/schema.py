@@ -298,11 +298,12 @@ class RoleConfig(Section):
 
 
 class EvalConfig(Section):
-    prompts: Positive = doc(128, "Held-out prompts for the verdict; every model answers the same.")
+    prompts: Positive = doc(128, "Answers of each model to held-out prompts, different ones first.")
     samples: NonNegative = doc(3, "Answers shown side by side.")
     judge: str | None = doc(
         None, "Rule-based judge: `courtesy`, `vader`, or `module:function`; unset: the data's own."
     )
+    judge_timeout: float | None = doc(3600, "Seconds of a judge for a model's answers.", gt=0)
 
 
 class RLConfig(Section):

@@ -80,7 +80,7 @@ def resolve_judge(name: str) -> Judge:
         )
     function = _imported(name, module_name, attribute)
     good = getattr(function, "good", lambda value: value > 0)
-    return Judge(name, _checked(name, function), good)
+    return Judge(name, _lists(function), good)
 
 
 def _imported(name: str, module_name: str, attribute: str) -> Callable[..., Any]:
@@ -105,14 +105,10 @@ def _imported(name: str, module_name: str, attribute: str) -> Callable[..., Any]
     return target
 
 
-def _checked(name: str, function: Callable[..., Any]) -> Scores:
-    def score(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
-        values = [float(v) for v in function(list(prompts), list(answers), list(ended))]
-        if len(values) != len(answers):
-            raise ConfigError(
-                f"judge {name!r} returned {len(values)} scores for {len(answers)} answers: "
-                "it must return one number per answer"
-            )
-        return values
+def _lists(function: Callable[..., Any]) -> Scores:
+    """A user's function gets lists; what it gives is checked by rlhf.evaluation.judging."""
+
+    def score(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> Any:
+        return function(list(prompts), list(answers), list(ended))
 
     return score

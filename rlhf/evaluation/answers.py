@@ -6,7 +6,8 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,14 @@ class AnswerRecord:
     score: float
     kl: float
     judge: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """In JSON's own types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> AnswerRecord:
+        return cls(**value)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.evaluation.published import verdict_of
 from rlhf.redact import printable
-from rlhf.store import RunDir, read_json
+from rlhf.store import RunDir
 
 MAX_KL = 15.0  # nats per answer: beyond it the policy has left what the reward model knows
 EOS_SLACK = 0.02
@@ -130,7 +131,9 @@ def _with_floats(verdict: dict[str, Any]) -> dict[str, Any]:
 
 def _in_order(by_model: dict[str, Any]) -> dict[str, Any]:
     """JSON files have their keys sorted; a person reads base, SFT, PPO."""
-    return {key: by_model[key] for key in ("prompt", "base", "sft", "ppo") if key in by_model}
+    return {
+        key: by_model[key] for key in ("prompt", "base", "sft", "ppo", "ema") if key in by_model
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        verdict = _with_floats(read_json(RunDir(args.run).step_dir(3) / "verdict.json"))
+        verdict = _with_floats(verdict_of(RunDir(args.run)))
     except UserError as error:
-        print(f"error: {error}. Step 3 writes it at its end", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(json.dumps(verdict, indent=2) if args.json else render(verdict))
     failures = [check for check, passed in verdict["checks"].items() if not passed]

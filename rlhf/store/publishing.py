@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from rlhf.errors import ArtifactError
 from rlhf.store.files import (
+    copy_or_link,
     disk_errors,
     exchange,
     exclusive,
@@ -25,7 +26,7 @@ from rlhf.store.files import (
     scan,
 )
 from rlhf.store.jsonio import fingerprint, jsonable, pretty_json
-from rlhf.store.manifest import MANIFEST, Manifest, path_problem, verify
+from rlhf.store.manifest import MANIFEST, Manifest, path_problem, read_manifest, verify
 
 PACKAGES = (
     "rlhf-pipeline",
@@ -121,6 +122,42 @@ def make_once(
                 _replace(destination, write, content)
 
 
+def amend(artifact: Path | str, texts: Mapping[str, str], metrics: Mapping[str, Any]) -> Manifest:
+    """Gives a published artifact other texts (relative path -> content: its model cards) and adds
+    `metrics` to its own. Its id changes, its `content_id` does not.
+
+    A whole new directory takes the artifact's name, as in `publish`: at every moment, also after a
+    kill, what is there verifies. All other files are hard links (copies, where the disk has none)
+    and keep the hashes that they were published with. Raises ArtifactError: no artifact, disk full,
+    another process publishing here; ValueError for a text that was not published.
+    """
+    artifact = Path(artifact)
+    with disk_errors(artifact), exclusive(artifact.parent):
+        clean(artifact)
+        content = jsonable(read_manifest(artifact))
+        if unknown := sorted(texts.keys() - content["files"].keys()):
+            raise ValueError(f"{artifact}: {unknown[0]!r} was not published, so it has no new text")
+        temporary = _sibling(artifact, "tmp")
+        temporary.mkdir()
+        try:
+            for relative in content["files"]:
+                target = temporary / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if relative in texts:
+                    target.write_text(texts[relative], encoding="utf-8")
+                else:
+                    copy_or_link(artifact / relative, target)
+            for relative, digest in hash_files(temporary, sorted(texts)).items():
+                size = (temporary / relative).stat().st_size
+                content["files"][relative] = {"sha256": digest, "size": size}
+            content["metrics"] |= jsonable(metrics)
+            _write_record(temporary, content, MANIFEST, Manifest)
+            _put(temporary, artifact)
+        finally:
+            remove(temporary)
+    return Manifest.model_validate(content)
+
+
 def _is_whole(base: Path, made_from: str) -> bool:
     try:
         return verify(base, "base").data_fingerprint == made_from
@@ -190,7 +227,14 @@ def seal(
         raise ArtifactError(f"{directory}: nothing was written, so there is nothing to publish")
     digests = hash_files(directory, sorted(sizes))
     files = {path: {"sha256": digests[path], "size": sizes[path]} for path in sizes}
-    content = {**content, "files": files}
+    return _write_record(directory, {**content, "files": files}, name, kind)
+
+
+def _write_record(
+    directory: Path, content: dict[str, Any], name: str, kind: type[BaseModel]
+) -> dict[str, Any]:
+    """Gives the record its id and writes it, when all that it vouches for is on the disk."""
+    content.pop("id", None)
     content["id"] = fingerprint(content)
     kind.model_validate(content)
     fsync_tree(directory)

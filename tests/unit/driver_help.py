@@ -29,7 +29,8 @@ with (run / "attempts.jsonl").open("a+") as attempts:
     mine = [line for line in attempts if json.loads(line)["step"] == step]
     mode = modes[min(len(mine), len(modes)) - 1]
 logs = run / {dirs!r}[step] / "logs"
-print("this is step", step, "as", mode, flush=True)
+evaluates = sys.argv[0].endswith("evaluation.py")
+print("" if evaluates else f"this is step {{step}} as {{mode}}", flush=True)
 
 def record(**fields):
     base = {{"rank": 0, "phase": "train", "type": "RuntimeError", "message": "it broke",
@@ -37,12 +38,23 @@ def record(**fields):
     (logs / "rank0.failure.json").write_text(json.dumps({{**base, **fields}}))
 
 def make():
-    from tests.unit.driver_help import make_artifact
+    from tests.unit.driver_help import make_artifact, make_evaluation
     make_artifact(run, step, resolved["config"], resolved["parents"])
-    if step == 3:
-        (run / "step3_ppo" / "verdict.txt").write_text("reward 1.0 -> 2.0\\n")
+    if step == 3 and os.environ.get("FAKE_EVALUATION", "ok") == "ok":
+        make_evaluation(run, "reward 1.0 -> 2.0\\n")
 
 (logs / "rank0.done.json").unlink(missing_ok=True)
+if evaluates:
+    from tests.unit.driver_help import make_evaluation
+    judge = resolved["config"]["step3"]["eval"]["judge"]
+    print("this is the evaluation, judge", judge, flush=True)
+    if judge == "bad:judge":
+        record(phase="evaluate", type="JudgeFailed", message="judge 'bad:judge' raised",
+               remedy="judge 'bad:judge' raised")
+        sys.exit(1)
+    make_evaluation(run, "verdict of " + str(judge) + "\\n")
+    (logs / "rank0.done.json").write_text(json.dumps({{"rank": 0, "host": "here"}}))
+    sys.exit(0)
 if mode in ("ok", "crash_after"):
     make()
     (logs / "rank0.done.json").write_text(json.dumps({{"rank": 0, "host": "here"}}))
@@ -121,12 +133,37 @@ def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | N
     return manifest.id
 
 
+def make_evaluation(run: Path, text: str, verdict: dict[str, Any] | None = None) -> None:
+    """Publishes an evaluation of step 3's artifact, with this verdict."""
+    from rlhf.store import read_manifest, write_json_atomic
+
+    policy = read_manifest(RunDir(run).artifact("ppo"))
+
+    def write(directory: Path) -> None:
+        (directory / "verdict.txt").write_text(text)
+        write_json_atomic(directory / "verdict.json", verdict or {})
+
+    publish(
+        RunDir(run).step_dir(3),
+        write,
+        name="evaluation",
+        kind="evaluation",
+        step=3,
+        parents={"ppo": {"path": str(RunDir(run).artifact("ppo")), "id": policy.id}},
+        data_fingerprint="d" * 64,
+        tokenizer_fingerprint="t" * 64,
+        config={"policy": policy.content_id},
+        metrics={},
+    )
+
+
 def write_scripts(root: Path, project: Path) -> None:
     """Fake step scripts below `root`, in the project's layout."""
     for folder in STEP_DIRS.values():
         (root / folder).mkdir(parents=True, exist_ok=True)
         text = SCRIPT.format(root=str(project), dirs=STEP_DIRS)
         (root / folder / "main.py").write_text(text)
+    (root / STEP_DIRS[3] / "evaluation.py").write_text(text)
 
 
 def plain(script: Path, args: list[str], placement: Any) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.evaluation.verdict import build_verdict, main, render
-from rlhf.store import write_json_atomic
+from tests.unit.driver_help import make_artifact, make_evaluation
 
 FIGURES = {
     "answers": 100.0, "reward": 0.0, "reward_ci": 0.2, "reward_std": 2.0, "kl": 0.0, "kl_ci": 0.1,
@@ -97,7 +97,8 @@ def test_without_judge_and_parents() -> None:
 
 
 def saved(tmp_path: Path, found: dict[str, Any]) -> str:
-    write_json_atomic(tmp_path / "step3_ppo" / "verdict.json", found)
+    make_artifact(tmp_path, 3, {})
+    make_evaluation(tmp_path, "", found)
     return str(tmp_path)
 
 
@@ -120,7 +121,10 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_without_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 3
-    assert "verdict.json" in capsys.readouterr().err
+    assert "python train.py --step 3" in capsys.readouterr().err
+    make_artifact(tmp_path, 3, {})
+    assert main([str(tmp_path)]) == 3
+    assert "python train.py evaluate" in capsys.readouterr().err
 
 
 def test_one_held_out_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
