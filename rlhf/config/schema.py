@@ -11,12 +11,13 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
+from rlhf.config.rows import RowsConfig
 from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class DataConfig(Section):
+class DataConfig(RowsConfig):
     path: list[str] = doc(
         ["sample:courtesy"],
         "Data sets: `sample:courtesy` (ships with the project), files or directories "
@@ -25,8 +26,9 @@ class DataConfig(Section):
     )
     columns: dict[str, str] = doc(
         {},
-        "Our column -> the data set's column, for `prompt`, `response`, `chosen`, `rejected`, "
-        "`messages`, `margin`. Columns with our names need no entry.",
+        "What a column is -> its name in the data: `prompt`, `response`, `chosen`, `rejected`, "
+        "`messages`, `margin`, `input`, `system`, `tools`, `first`, `second`, `label`, `answers`, "
+        "`scores`, `ranks`. The usual names are found without it (docs/data.md).",
     )
     prompt_format: str | None = doc(
         None,
@@ -48,8 +50,8 @@ class DataConfig(Section):
     hub_eval_split: str | None = doc("test", "Name of the held-out split on the hub, if any.")
     eval_fraction: Fraction = doc(
         0.05,
-        "Share of the prompts, with all their rows, held out where the data set brings no test "
-        "split of its own. 0, without a test split: nothing is measured.",
+        "Share of the prompts, with all their rows, held out where a data set brings no test split "
+        "of its own. 0, without a test split: nothing is measured.",
     )
     max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
     max_train_rows: Positive | None = doc(None, "At most so many training rows per step.")
