@@ -152,7 +152,10 @@ def make_evaluation(run: Path, text: str, verdict: dict[str, Any] | None = None)
         parents={"ppo": {"path": str(RunDir(run).artifact("ppo")), "id": policy.id}},
         data_fingerprint="d" * 64,
         tokenizer_fingerprint="t" * 64,
-        config={"policy": policy.content_id},
+        config={
+            "policy": policy.content_id,
+            "eval": policy.config.get("step3", {}).get("eval", {}),
+        },
         metrics={},
     )
 
