@@ -7,7 +7,7 @@ unique contents and so agree on the split.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,15 +19,16 @@ from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
 from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
 from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
-from rlhf.data.sources.base import NoPreference, sha256
+from rlhf.data.sources.base import NoPreference, Row, sha256
 from rlhf.data.split import Keys, assign, draw
 from rlhf.data.templates import render
 from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError
 
 # Raise it when the same settings and data would give other rows.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Split = Literal["train", "eval"]
+Maker = Callable[[Row, str], Sample]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _build(
             tokenizer, encoder.template, messages, generate=generate
         ).removeprefix(encoder.bos),
     )
-    samples, keys = _read(sets, maker, report)
+    samples, keys = _read(sets, lambda row, where: maker(encoder.special.guard(row), where), report)
     used = _usable(_select(request, samples, keys, report), request, report)
     _check(request, report, only_bad=True)
     columns = encode(used, request.step, encoder, request.limits, report)
@@ -141,7 +142,7 @@ def _build(
 
 
 def _read(
-    sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
+    sets: Sequence[DataSet], maker: Maker, report: DataReport
 ) -> tuple[list[_Found], list[Keys]]:
     """All usable rows, and per data set the content keys of its parts."""
     rows: list[_Found] = []
@@ -161,7 +162,7 @@ def _read(
     return rows, keys
 
 
-def _samples(part: Part, maker: SampleMaker, report: DataReport) -> Iterator[Sample]:
+def _samples(part: Part, maker: Maker, report: DataReport) -> Iterator[Sample]:
     for where, row in part.rows():
         report.read += 1
         try:

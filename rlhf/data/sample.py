@@ -18,11 +18,13 @@ import jinja2
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, Row, sha256
 from rlhf.data.templates import Messages
+from rlhf.data.typed import GUARD
 from rlhf.errors import ConfigError
 
 ANSWERS = ("response", "chosen", "rejected")
 _COLUMNS = ("prompt", *ANSWERS, "messages", "margin")
 _TURN = "\n\nAssistant:"
+_GUARD_IN_JSON = json.dumps(GUARD).strip('"')
 Render = Callable[[Messages, bool], str]
 
 
@@ -179,7 +181,8 @@ def _prompt_size(common: str) -> int:
 
 def _content_key(content: Any) -> str:
     try:
-        return sha256(json.dumps(content, sort_keys=True, default=str))
+        # Without the marks of one tokenizer's special tokens (typed.py), as JSON escapes them.
+        return sha256(json.dumps(content, sort_keys=True, default=str).replace(_GUARD_IN_JSON, ""))
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
 
