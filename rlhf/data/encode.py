@@ -12,6 +12,7 @@ import pyarrow as pa
 from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample
 from rlhf.data.tokenizers import Encoder
+from rlhf.data.typed import unguarded
 
 _IDS = pa.list_(pa.int32())
 SCHEMAS: dict[int, pa.Schema] = {
@@ -118,9 +119,9 @@ def _append(
         columns["chosen_ids"].append(answers[0])
         columns["rejected_ids"].append(answers[1])
         columns["margin"].append(sample.margin or 0.0)
-        columns["prompt_key"].append(prompt_key(sample.prompt))
+        columns["prompt_key"].append(prompt_key(unguarded(sample.prompt)))
     else:
-        columns["prompt"].append(sample.prompt)
+        columns["prompt"].append(unguarded(sample.prompt))
 
 
 def prompt_key(prompt: str) -> int:

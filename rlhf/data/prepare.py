@@ -7,7 +7,7 @@ unique contents and so agree on the split.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
-from rlhf.data.sources.base import NoPreference, sha256
+from rlhf.data.sources.base import NoPreference, Row, sha256
 from rlhf.data.split import Assignment, Keys, assign, draw
 from rlhf.data.templates import render
 from rlhf.data.tokenizers import Encoder, fingerprint
@@ -29,6 +29,7 @@ from rlhf.errors import ConfigError, DataError
 # Raise it when the same settings and data would give other rows.
 FORMAT_VERSION = 3
 Split = Literal["train", "eval"]
+Guard = Callable[[Row], Row]
 LEFT_OUT = "held-out row whose prompt is trained on"
 
 
@@ -171,7 +172,7 @@ def _build(
         encoder.template,
     )
     data = request.data
-    samples, keys = _read(data, sets, maker, report)
+    samples, keys = _read(data, sets, maker, encoder.special.guard, report)
     assigned = assign(keys, data.split, data.eval_fraction, request.seed)
     selected = _select(request, samples, assigned, report)
     used = _usable(selected, request, report)
@@ -193,7 +194,11 @@ def _build(
 
 
 def _read(
-    data: DataConfig, sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
+    data: DataConfig,
+    sets: Sequence[DataSet],
+    maker: SampleMaker,
+    guard: Guard,
+    report: DataReport,
 ) -> tuple[list[_Found], list[Keys]]:
     """All usable rows, and per data set the keys of its parts' rows."""
     rows: list[_Found] = []
@@ -205,7 +210,7 @@ def _read(
             readers.update(dict.fromkeys((part.name for part in parts), Reader(shape, data)))
         by_role: tuple[dict[str, str], dict[str, str]] = ({}, {})
         for part in sorted(one.parts, key=lambda part: part.fingerprint):
-            for sample in _samples(part, readers[part.name], maker, report):
+            for sample in _samples(part, readers[part.name], maker, guard, report):
                 if sample.key in seen:
                     report.add_duplicate(sample.where)
                 seen.add(sample.key)
@@ -218,14 +223,14 @@ def _read(
 
 
 def _samples(
-    part: Part, reader: Reader, maker: SampleMaker, report: DataReport
+    part: Part, reader: Reader, maker: SampleMaker, guard: Guard, report: DataReport
 ) -> Iterator[Sample]:
     for where, row in part.rows():
         report.read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            samples = [maker(one, where) for one in reader(row)]
+            samples = [maker(one, where) for one in reader(guard(row))]
         except NoPreference as reason:
             report.add_dropped(str(reason), where)
         except BadRow as reason:

@@ -20,9 +20,12 @@ from rlhf.data.shapes.turns import extras
 from rlhf.data.sources.base import BadRow, sha256
 from rlhf.data.split import prompt_key
 from rlhf.data.templates import Messages
+from rlhf.data.typed import GUARD, unguarded
 from rlhf.errors import ConfigError
 
 __all__ = ["ANSWERS", "Render", "Sample", "SampleMaker", "need_template"]
+
+_GUARD_IN_JSON = json.dumps(GUARD).strip('"')
 
 
 class Render(Protocol):
@@ -81,7 +84,7 @@ class SampleMaker:
             margin=margin,
             where=where,
             key=key,
-            prompt_key=prompt_key(example.prompt),
+            prompt_key=prompt_key(_as_typed(example.prompt)),
             lacks=example.lacks,
             **{name: answers.get(name) for name in ANSWERS},
         )
@@ -165,9 +168,18 @@ def _content_key(example: Example, margin: float | None) -> str:
     if example.tools:
         content["tools"] = example.tools
     try:
-        return sha256(json.dumps([content, margin], sort_keys=True, default=str))
+        found = json.dumps([content, margin], sort_keys=True, default=str)
+        # Without the marks of one tokenizer's special tokens (typed.py), as JSON escapes them.
+        return sha256(found.replace(_GUARD_IN_JSON, ""))
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
+
+
+def _as_typed(prompt: str | Messages) -> str | Messages:
+    """Without one tokenizer's marks."""
+    if isinstance(prompt, str):
+        return unguarded(prompt)
+    return [{**one, "content": unguarded(one["content"])} for one in prompt]
 
 
 def _check_text(text: str) -> None:

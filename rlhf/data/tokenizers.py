@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.data.sources.base import sha256
 from rlhf.data.templates import template_bos, template_text
+from rlhf.data.typed import GUARD, SpecialTokens, unguarded
 from rlhf.errors import ConfigError
 
 _PADS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -58,7 +59,8 @@ class Encoder:
 
     A prompt's ids are those of its text after the template's bos, if that has one: the ids that
     `tokenizer.apply_chat_template` gives. An answer's ids are those of its text alone, never with
-    a bos, up to and including one eos.
+    a bos, up to and including one eos. A special token that `special` has marked as typed (typed.py)
+    is encoded as text.
     """
 
     def __init__(self, tokenizer: Any, template: str) -> None:
@@ -67,6 +69,7 @@ class Encoder:
         self.bos = template_bos(tokenizer, self.template)
         self.eos_id: int = tokenizer.eos_token_id
         self.eos: str = tokenizer.eos_token
+        self.special = SpecialTokens(tokenizer)
         self._drop_space = self._adds_space()
 
     def prompt_text(self, prompt: str) -> str:
@@ -78,7 +81,7 @@ class Encoder:
         return self._ids([self.prompt_text(text) for text in texts])
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each answer, ended by one eos id; text after an eos written out is left off."""
+        """Ids of each answer, ended by one eos id; what a template adds after its eos is left off."""
         if self._drop_space:
             texts = [text.removeprefix(" ") for text in texts]
         return [self._ended(ids) for ids in self._ids(texts)]
@@ -90,8 +93,28 @@ class Encoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        typed = {i: self._ids_around(text) for i, text in enumerate(texts) if GUARD in text}
+        found = self._encode(["" if i in typed else text for i, text in enumerate(texts)])
+        return [typed.get(i, ids) for i, ids in enumerate(found)]
+
+    def _ids_around(self, text: str) -> list[int]:
+        """Ids of a text with typed special tokens."""
+        pieces = self.special.pieces(text)
+        # `split_special_tokens`: transformers' name for "spell special tokens out".
+        plain = self._encode([unguarded(piece) for piece in pieces[::2]], split_special_tokens=True)
+        ids = list(plain[0])
+        for token, after in zip(pieces[1::2], plain[1:], strict=True):
+            ids += [self.special.ids[token], *after]
+        return ids
+
+    def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
         found = self._tokenizer(
-            list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+            **options,
         )
         return found.input_ids
 
