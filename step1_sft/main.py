@@ -32,7 +32,7 @@ def main(run: StepRun) -> None:
                 texts=lambda: data.texts(run.config.data),
                 seed=run.config.seed,
             )
-        tokenizer = models.load_tokenizer(base, template=run.config.data.template)
+        tokenizer = models.load_tokenizer(base, template=None)
         dtype = models.choose_dtype(settings.model.dtype)
         model = models.load_causal(
             base,
@@ -47,6 +47,9 @@ def main(run: StepRun) -> None:
         run.say(models.describe(model, dtype))
 
     with run.phase("read the data"):
+        with comm.rank_zero_first():
+            template = data.choose_template(tokenizer, run.config.data)
+        run.say(f"chat template: {template.sentence}")
         rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):

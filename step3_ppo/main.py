@@ -26,7 +26,7 @@ from step3_ppo.conclude import conclude
 from step3_ppo.evaluate import answer_ids
 from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
 from step3_ppo.health import check_finite, check_kl
-from step3_ppo.parents import check_tokenizers
+from step3_ppo.parents import check_tokenizers, template_note
 from step3_ppo.roles import Roles, load_roles
 from step3_ppo.rollout import Rollout
 from step3_ppo.update import PtxBatches, first_critic_step, update, value_quality
@@ -42,6 +42,11 @@ def main(run: StepRun) -> None:
     with run.phase("read the prompts"):
         tokenizer = models.load_tokenizer(sft, template=None)
         check_tokenizers(sft, reward, tokenizer)
+        with comm.rank_zero_first():
+            template = data.choose_template(tokenizer, run.config.data)
+        run.say(f"chat template: {template.sentence}")
+        if note := template_note(reward, tokenizer):
+            run.say(note)
         rows = _prompts(run, tokenizer, "train")
         held_out = _prompts(run, tokenizer, "eval")
         prompts = rows.dataset

@@ -27,7 +27,7 @@ from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError
 
 # Raise it when the same settings and data would give other rows.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Split = Literal["train", "eval"]
 Guard = Callable[[Row], Row]
 LEFT_OUT = "held-out row whose prompt is trained on"
@@ -112,7 +112,8 @@ def prepare(
             f"max_length {max_length} must be more than max_prompt_length {max_prompt_length}: "
             "answers need room"
         )
-    limits = Limits(max_prompt_length, max_length if step != 3 else None, data.long_prompts)
+    total = max_length if step != 3 else None
+    limits = Limits(max_prompt_length, total, data.long_prompts, data.multi_turn)
     request = _Request(data, step, seed, limits, response_column, margins, split)
     encoder = Encoder(tokenizer, data.template)
     sets = open_data_sets(data)
@@ -177,7 +178,7 @@ def _build(
     selected = _select(request, samples, assigned, report)
     used = _usable(selected, request, report)
     _check(request, report, only_bad=True)
-    columns, kept = encode(used, request.step, encoder, request.limits, report)
+    columns, kept = encode(used, request.step, encoder, request.limits, report, maker)
     _check(request, report)
     # Test rows that are prompts alone serve step 3; the others measure nothing, and say so.
     if request.split == "eval" and not kept and (used or not selected):

@@ -41,12 +41,16 @@ class SpecialTokens:
         if isinstance(value, str):
             if GUARD in value:
                 raise BadRow("the Unicode noncharacter U+FDD0")
-            return self._any.sub(lambda found: GUARD + found.group(), value)
+            return self.mark(value)
         if isinstance(value, dict):
             return {name: self.guard(part) for name, part in value.items()}
         if isinstance(value, list):
             return [self.guard(part) for part in value]
         return value
+
+    def mark(self, text: str) -> str:
+        """A part of a marked text, marked again: a cut may have gone between mark and token."""
+        return self._any.sub(lambda found: GUARD + found.group(), unguarded(text))
 
     def pieces(self, text: str) -> list[str]:
         """The text cut at the special tokens that nobody typed: text, token, text, token, text."""
