@@ -24,8 +24,14 @@ def main(run: StepRun) -> None:
     run.rank, world = comm.init_distributed()
     torch.manual_seed(run.config.seed)
 
-    with run.phase("load the model to start from"):
+    with run.phase("read the data"):
         base, tokenizer = _base(run)
+        with comm.rank_zero_first():
+            template = data.choose_template(tokenizer, run.config.data)
+        run.say(f"chat template: {template.sentence}")
+        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
+
+    with run.phase("load the model to start from"):
         dtype = models.choose_dtype(settings.model.dtype)
         model = models.load_scalar(
             base,
@@ -40,12 +46,6 @@ def main(run: StepRun) -> None:
         )
         models.check_positions(model, settings.max_length or 0)
         run.say(models.describe(model, dtype))
-
-    with run.phase("read the data"):
-        with comm.rank_zero_first():
-            template = data.choose_template(tokenizer, run.config.data)
-        run.say(f"chat template: {template.sentence}")
-        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):
         plans = _plans(run, rows["train"].dataset, world)

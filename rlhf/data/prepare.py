@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 
+from rlhf import stall
 from rlhf.config.schema import DataConfig
 from rlhf.data import cache
 from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
@@ -228,6 +229,7 @@ def _samples(
 ) -> Iterator[Sample]:
     for where, row in part.rows():
         report.read += 1
+        stall.mark()
         try:
             if isinstance(row, BadRow):
                 raise row

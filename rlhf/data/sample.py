@@ -195,10 +195,11 @@ def need_template(template: str, needs: set[str] | frozenset[str]) -> list[str]:
     """
     for name in ("tool_calls", "tools"):
         if name in needs and name not in template:
+            without = ": data.ignore_columns=[tools]" if name == "tools" else ""
             raise ConfigError(
                 f"the conversations have {name}, which the chat template does not know: it would "
                 "leave them out. Use a template that does (data.template=model, if the model's own "
-                f"is one), or make the data without them (a column: data.ignore_columns=[{name}])"
+                f"is one), or make the data without them{without}"
             )
     if "reasoning_content" in needs and "reasoning_content" not in template:
         return ["reasoning_content of the messages is not used: the chat template does not know it"]

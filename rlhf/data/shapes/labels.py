@@ -47,10 +47,6 @@ def meanings(
         table = KNOWN[first, label]
     else:
         table = _by_names(first, second)
-        numbers = [key for key in keys if key not in table]
-        if any(key.lstrip("-").isdigit() for key in (*numbers, *table) if key in keys):
-            # "0", "1", "2" against columns 1 and 2: 0 may be the first answer, or a tie.
-            table = table if not numbers else {}
     unclear = [key for key in keys if key not in table]
     if unclear:
         example = " ".join(f"data.labels.{key}={first_or}" for key, first_or in _ask(keys))
