@@ -48,7 +48,7 @@ def conclude(
         with ema.swapped_in():
             snapshots["actor_ema"] = models.Snapshot(roles.actor.module)
     settings = run.config.step3
-    generation = {"do_sample": True, "temperature": settings.rollout.temperature, "top_k": 0}
+    generation = models.sampling_settings(settings.rollout)
     facts = [
         f"held-out reward {verdict['models']['ppo']['reward']:.3f} "
         f"(SFT {verdict['models']['sft']['reward']:.3f})",

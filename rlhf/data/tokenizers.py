@@ -59,8 +59,8 @@ class Encoder:
 
     A prompt's ids are those of its text after the template's bos, if that has one: the ids that
     `tokenizer.apply_chat_template` gives. An answer's ids are those of its text alone, never with
-    a bos, up to and including one eos. A special token that `special` has marked as typed (typed.py)
-    is encoded as text.
+    a bos, up to and including one eos. Special tokens that `special` has marked as typed (typed.py)
+    are encoded as text.
     """
 
     def __init__(self, tokenizer: Any, template: str) -> None:
@@ -81,7 +81,7 @@ class Encoder:
         return self._ids([self.prompt_text(text) for text in texts])
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each answer, ended by one eos id; what a template adds after its eos is left off."""
+        """Ids of each answer, ended by one eos id; what a template adds after it is left off."""
         if self._drop_space:
             texts = [text.removeprefix(" ") for text in texts]
         return [self._ended(ids) for ids in self._ids(texts)]
