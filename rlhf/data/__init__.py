@@ -11,13 +11,14 @@ from rlhf.data.batches import (
     row_lengths,
 )
 from rlhf.data.plan import Budget, plan_batches, whole_pass
-from rlhf.data.prepare import StageData, prepare
+from rlhf.data.prepare import HeldOut, StageData, prepare
 from rlhf.data.replay import Replayable
 from rlhf.data.texts import texts
 
 __all__ = [
     "IGNORED",
     "Budget",
+    "HeldOut",
     "PairBatch",
     "PromptBatch",
     "Replayable",
