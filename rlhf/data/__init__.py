@@ -1,19 +1,26 @@
-"""Preference data: sources, rows as plain text, the split, tokenised rows, batches."""
+"""Preference data: sources, rows as plain text, the split, tokenised rows, batches.
 
-from rlhf.data.batches import (
-    IGNORED,
-    PairBatch,
-    PromptBatch,
-    SFTBatch,
-    collate_pairs,
-    collate_prompts,
-    collate_sft,
-    row_lengths,
-)
+Batches are tensors: their module is imported at first use, so that the preview needs no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from rlhf.data.plan import Budget, plan_batches, whole_pass
 from rlhf.data.prepare import StageData, prepare
 from rlhf.data.replay import Replayable
 from rlhf.data.texts import texts
+
+if TYPE_CHECKING:
+    from rlhf.data.batches import (
+        IGNORED,
+        PairBatch,
+        PromptBatch,
+        SFTBatch,
+        collate_pairs,
+        collate_prompts,
+        collate_sft,
+        row_lengths,
+    )
 
 __all__ = [
     "IGNORED",
@@ -32,3 +39,11 @@ __all__ = [
     "texts",
     "whole_pass",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rlhf.data import batches
+
+    return getattr(batches, name)

@@ -30,6 +30,7 @@ MAY_IMPORT = {
         "rlhf.errors",
         "rlhf.redact",
         "rlhf.lifeline",
+        "rlhf.track.forward",  # which trackers there are; it imports nothing heavy
     ),
     "rlhf/errors.py": (),
     "rlhf/redact.py": (),
