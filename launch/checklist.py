@@ -32,6 +32,8 @@ class Asking:
     way: Way
     offline: bool = False
     """The hub is out of reach and not needed."""
+    lacking: bool = False
+    """Something cannot be had from the hub: its clients would try for minutes."""
     looked: Looked = field(default_factory=Looked)
 
     @property
@@ -115,12 +117,13 @@ def _hub(asking: Asking) -> list[Check]:
     plan, models = asking.plan, preflight.needed_models(asking.plan)
     hub = plan.config.hub
     asking.offline, checks = check_hub(models, plan.config.data.path, hub.endpoint, hub.offline)
+    asking.lacking = any(check.state == "FAIL" for check in checks)
     return checks
 
 
 def _data(asking: Asking) -> list[Check]:
     """Only a run downloads: it would have to anyway."""
-    download = asking.way == "run" and not asking.offline
+    download = asking.way == "run" and not asking.offline and not asking.lacking
     asking.looked = look(asking.plan, download=download)
     return asking.looked.data
 

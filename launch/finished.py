@@ -70,7 +70,7 @@ def _kept(plan: Plan, item: StepPlan, manifest: Manifest, sources: Sources | Non
 
 
 def _saved(plan: Plan, item: StepPlan, sources: Sources | None) -> list[Check]:
-    """An unfinished step cannot go on with other rows: what it has seen would be counted wrongly."""
+    """An unfinished step cannot go on with other rows: what it has seen would be another's."""
     found = newest(plan.run.resume(item.step))
     told = data_changes(found[1].data_sources, sources) if found else []
     if not found or not told:
@@ -97,11 +97,11 @@ def data_changes(before: Sources | None, now: Sources | None) -> list[str]:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    rows = [one.get("rows") for one in (old, new)]
-    if None in rows or rows[0] == rows[1]:
+    then, today = old.get("rows"), new.get("rows")
+    if then is None or today is None or then == today:
         return f"has other content than then (now {str(new['fingerprint'])[:12]})"
-    more = rows[1] - rows[0]
-    return f"has {abs(more):,} {'more' if more > 0 else 'fewer'} rows than then ({rows[1]:,})"
+    word = "more" if today > then else "fewer"
+    return f"has {abs(today - then):,} {word} rows than then (now {today:,})"
 
 
 def refuse_changed_data(plan: Plan, item: StepPlan, now: Sources | None) -> None:

@@ -151,7 +151,8 @@ def foreign(name: str, model: str, setting: str, quick: bool) -> Parent:
                 f"needed{hint}"
             )
         return _own(name, path, manifest, note)
-    if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+    kinds = ("config.json", "adapter_config.json", "*.gguf")  # an adapter: the checks refuse it
+    if path.is_dir() and not any(list(path.glob(kind)) for kind in kinds):
         raise RequirementError(
             f"{setting} {model}: no model in this directory (no config.json): give a Hugging Face "
             "model directory, a .gguf file or a hub id"

@@ -145,8 +145,10 @@ def memory_check(
     what = f"{where}memory for step {found.step}"
     if machine.memory is None:
         needed = f"{report.size(found.memory.peak)} per process"
-        return Check(what, "warn", "what the machines have is not known here", needed,
-                     "`python train.py doctor` asks hosts that ssh reaches; else look yourself")  # fmt: skip
+        return Check(
+            what, "warn", "what the machines have is not known here", needed,
+            "`python train.py doctor` asks hosts that ssh reaches; else look yourself",
+        )  # fmt: skip
     if found.memory.peak <= machine.memory and found.fits:
         return Check(
             what, "ok",

@@ -1,4 +1,4 @@
-"""What can be known of a model from its files, without loading it: is it one that a step can use?"""
+"""What a model's files tell without loading it: is it one that a step can use?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_models(plan: Plan) -> list[Check]:
             by_name.setdefault(use.name, []).append(use)
     checks: list[Check] = []
     for name, uses in by_name.items():
-        found = [check for check in _problems(name, uses)]
+        found = list(_problems(name, uses))
         if not found and not uses[0].ours:
             roles = ", ".join(dict.fromkeys(use.role for use in uses))
             found = [Check(f"model {name}", "ok", f"can be {roles}")]
@@ -116,10 +116,10 @@ def _problems(name: str, uses: list[Use]) -> Iterator[Check]:
         return
     if is_hub_model(name) and not is_known(name):
         return  # the hub is asked about it
-    if place.is_dir() and (place / "adapter_config.json").is_file():
-        if not (place / "config.json").is_file():
-            yield _adapter(what, place)
-            return
+    adapter, whole = place / "adapter_config.json", place / "config.json"
+    if adapter.is_file() and not whole.is_file():
+        yield _adapter(what, adapter)
+        return
     try:
         config = read_config(name)
     except UserError as error:
@@ -163,9 +163,9 @@ def _bad_name(name: str, place: Path) -> Check | None:
     return None
 
 
-def _adapter(what: str, place: Path) -> Check:
+def _adapter(what: str, file: Path) -> Check:
     try:
-        base = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+        base = json.loads(file.read_text(encoding="utf-8"))
         named = f" of {base['base_model_name_or_path']}"
     except (OSError, ValueError, KeyError, TypeError):
         named = ""

@@ -1,4 +1,4 @@
-"""What of the hub is on this machine already, by huggingface_hub's own rules; nothing is imported."""
+"""What of the hub is on this machine already, by huggingface_hub's own rules."""
 
 from __future__ import annotations
 

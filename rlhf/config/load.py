@@ -6,7 +6,7 @@ A recipe is YAML holding only the settings that differ from the defaults. `exten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rlhf.config.keys import lookup, parse_value, sections, unknown_key
 from rlhf.config.migrate import without_removed
 from rlhf.config.names import expand_size, normalize_endpoint, refuse_credentials
 from rlhf.config.schema import RunConfig
-from rlhf.config.trees import flatten, merge, nest  # noqa: F401
+from rlhf.config.trees import flatten, merge, nest
 from rlhf.errors import ConfigError
 
 MODEL_NAMES = (

@@ -128,7 +128,7 @@ def problem_with(name: str) -> tuple[str, int]:
         resolve_judge(name)
     except UserError as error:
         return str(error), error.exit_code
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a user's module may raise anything
         module = name.partition(":")[0]
         why = f"judge {name!r}: importing {module} raises {type(error).__name__}: {error}"
         return why, ConfigError.exit_code

@@ -195,7 +195,7 @@ def _shown(sample: Sample) -> Iterator[str]:
 
 
 def _plain_text(messages: list[dict[str, str]], generate: bool) -> str:
-    """Conversations without a tokenizer's template: what is asked here is whether they are whole."""
+    """Conversations without a tokenizer's template: asked is whether they are whole."""
     return "".join(f"\n\n{one['role']}: {one['content']}" for one in messages)
 
 

@@ -16,7 +16,7 @@ SEQUENCE = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 
 @cache
 def families_with(table: str) -> frozenset[str] | None:
-    """The `model_type`s in one of the tables; None: the installed transformers has no such table."""
+    """The `model_type`s in one of the tables; None: this transformers has no such table."""
     return _tables().get(table)
 
 
