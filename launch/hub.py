@@ -107,7 +107,7 @@ def check_hub(
         judge(
             f"hub: {name}",
             trouble is None,
-            f"answers at {address}" if trouble is None else f"{address}: {trouble}",
+            f"answers at {address}" if trouble is None else f"{address} cannot give it: {trouble}",
             "it must come from the hub",
             "check its name, the network and the proxy, use a mirror (--hf-endpoint https://...), "
             "HF_TOKEN for a gated one, give a local directory, or take a model and data that need "

@@ -113,4 +113,4 @@ def test_every_form_of_a_hub_data_set_is_checked_first(
     offline, (check,) = check_hub([], [path], "http://127.0.0.1:9", False)
     assert not offline
     assert (check.what, check.state) == ("hub: org/pairs", "FAIL")
-    assert "http://127.0.0.1:9: " in check.found
+    assert "http://127.0.0.1:9 cannot give it" in check.found
