@@ -8,12 +8,13 @@ python train.py --dry-run                        # the plan and the exact comman
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import execute, recover
+from launch import console, execute, recover
 from launch.checklist import Found, ask_all
 from launch.commands import COMMANDS
 from launch.finished import forced_notes, refuse_changed_data
@@ -23,14 +24,17 @@ from launch.plan import Plan, describe, make_plan, plan_json
 from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
+from rlhf.home import ensure_home
 from rlhf.redact import printable, redact, redact_tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 130 or 143
-    stopped by SIGINT or SIGTERM."""
-    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 129,
+    130 or 143 stopped by SIGHUP, SIGINT or SIGTERM."""
+    console.protect()
+    previous = {number: signal.signal(number, _as_interrupt) for number in _stop_signals()}
     try:
+        ensure_home(os.environ)
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         sys.stdout.flush()
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -66,6 +71,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     grace = plan.config.launch.grace_seconds
     with execute.locked(plan.run.path, plan.role, grace) as lock:
+        console.keep_log(plan.run.driver_log(plan.role))
         if not plan.role:
             record_plan(options, plan)
         run_steps(options, plan, found, lock)
@@ -117,6 +123,12 @@ def show_verdict(plan: Plan) -> None:
     if any(item.step == 3 for item in plan.steps) and verdict.is_file():
         print("\n" + verdict.read_text(encoding="utf-8").rstrip())
     print(f"\nThe run is in {plan.run.path}")
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """Besides SIGINT. A signal that is ignored (nohup) stays ignored."""
+    known = (signal.SIGTERM, signal.SIGHUP)
+    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _as_interrupt(number: int, frame: Any) -> None:

@@ -25,7 +25,7 @@ from rlhf.errors import ArtifactError, RequirementError
 from rlhf.redact import HIDDEN_SETTINGS
 from rlhf.store import MANIFEST, Manifest, RunDir, verify
 from rlhf.store.checkpoints import newest
-from rlhf.store.files import disk_errors
+from rlhf.store.files import disk_errors, open_own
 
 
 class Interrupted(Exception):
@@ -53,7 +53,7 @@ def launch(
         failure.clear_records(logs)
         heartbeat.clear(logs)
     log = logs / spec.log_name
-    with disk_errors(log, RequirementError), log.open("a", encoding="utf-8") as stream:
+    with disk_errors(log, RequirementError), open_own(log, "a") as stream:
         stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.argv}\n")
     grace = item.resolved.config.launch.grace_seconds
     with nodes.prepared(spec, logs, grace) as (ready, heart):
@@ -66,7 +66,7 @@ def launch(
             heart=heart,
         )
     if heart:
-        outcome = replace(outcome, spread=True, lost=heart.lost)
+        outcome = replace(outcome, spread=True, lost=heart.lost or outcome.lost)
     if outcome.interrupted:
         raise Interrupted(_interruption(run, item.step), outcome.interrupted)
     return outcome
@@ -164,7 +164,7 @@ def locked(directory: Path, role: str = "", grace: float = GRACE_SECONDS) -> Ite
     """
     with disk_errors(directory, RequirementError):
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / (f".lock.{role}" if role else ".lock")).open("a+", encoding="utf-8")
+        handle = open_own(directory / (f".lock.{role}" if role else ".lock"), "a+")
     with handle:
         _take(handle, directory, grace)
         with contextlib.suppress(OSError):  # a full disk: the lock itself holds all the same

@@ -112,7 +112,7 @@ def explain(
         lines.append(f"ended before its end, without a word (killed?): {', '.join(silent)}")
     lines += _what_ranks_said(_first_of_each(records))
     if outcome.lost:
-        lines.append(f"the driver ended the step: {outcome.lost}")
+        lines.append(f"The driver ended the step: {outcome.lost}.")
     if outcome.code == 0 and problem:
         lines.append(f"it reported success, but its artifact does not verify: {problem}")
     lines.append(f"Remedy: {remedy(step, outcome, records, output)}")
@@ -169,7 +169,7 @@ def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> s
 def was_killed(outcome: Outcome, records: list[Record], output: str) -> bool:
     """Was one of its processes killed (SIGKILL) from outside?"""
     # On several nodes it is the launcher's code, and says nothing of the ranks.
-    alone = not outcome.spread and outcome.code == -signal.SIGKILL
+    alone = not (outcome.spread or outcome.lost) and outcome.code == -signal.SIGKILL
     return alone or bool(not _causes(records) and _KILLED.search(output))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from rlhf.errors import ConfigError, RequirementError
+from rlhf.secrets import sounds_secret
 
 ALLOWED = (
     "PATH", "LD_LIBRARY_PATH", "PYTHON*", "CUDA_HOME", "XDG_CACHE_HOME",
@@ -15,10 +16,6 @@ ALLOWED = (
     "TORCH_EXTENSIONS_DIR", "TORCH_NCCL_*", "TORCH_HOME", "PYTORCH_*",
     "DS_ACCELERATOR", "RLHF_*",
 )  # fmt: skip
-_NEVER = re.compile(
-    r"TOKEN(?!IZERS)|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|COOKIE",
-    re.IGNORECASE,
-)
 _EXPANDED = re.compile(r'[$`"\\]')
 _URL_PASSWORD = re.compile(r"://[^/\s@]*@")
 # What is about this process and its machine alone.
@@ -29,7 +26,7 @@ _DEEPSPEEDS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 def is_allowed(name: str) -> bool:
     """May this variable be passed on unasked? By its name; one that sounds secret never is."""
-    if _NEVER.search(name) or name in _OURS_ONLY:
+    if sounds_secret(name) or name in _OURS_ONLY:
         return False
     return any(fnmatchcase(name, pattern) for pattern in ALLOWED)
 

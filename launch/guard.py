@@ -21,6 +21,7 @@ import sys
 import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+GUARD, GRACE = "RLHF_GUARD", "RLHF_GRACE"  # rlhf/lifeline.py: a rank ends when this one is gone
 LEFTOVERS_SECONDS = 15.0  # for what a command leaves behind: its result is known already
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
@@ -59,20 +60,41 @@ def signal_these(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def ask_to_stop() -> None:
+def identity(pid: int) -> str:
+    """What tells a process from a later one with the same number: pid, start time, boot.
+
+    Empty where it cannot be known (no /proc), or where there is no such process any more.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            boot = stream.read().strip()
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            fields = stream.read().rpartition(b")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == b"Z" else f"{pid} {fields[19].decode()} {boot}"
+
+
+def ask_to_stop(below: list[int] | None = None) -> None:
     """SIGTERM to the ranks, which save and end; their launchers then end by themselves.
 
     A launcher that gets the signal too gives its ranks a time of its own to live. Where no rank
     is below this process (they are on other machines, or not started yet), to all.
     """
-    below = descendants(os.getpid())
+    below = descendants(os.getpid()) if below is None else below
     signal_these([pid for pid in below if is_rank(pid)] or below, signal.SIGTERM)
 
 
 def is_rank(pid: int) -> bool:
     """Does the process have what launchers give to the ranks of a job?"""
+    return has_variable(pid, "LOCAL_RANK=")
+
+
+def has_variable(pid: int, beginning: str) -> bool:
+    """Was the process started with a variable that begins like this ("NAME=value...")?"""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as stream:
-        return any(entry.startswith(b"LOCAL_RANK=") for entry in stream.read().split(b"\0"))
+        wanted = beginning.encode()
+        return any(entry.startswith(wanted) for entry in stream.read().split(b"\0"))
     return False
 
 
@@ -89,14 +111,16 @@ def reap(main: int, code: int | None) -> tuple[int | None, bool]:
             code = os.waitstatus_to_exitcode(status)
 
 
-def start(command: list[str]) -> int:
+def start(command: list[str], grace: float) -> int:
     """Starts the command with default signals; it is told to end should the guard be killed."""
 
     def in_child() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS | {signal.SIGCHLD})
 
-    return subprocess.Popen(command, preexec_fn=in_child).pid
+    # Launchers pass it on to ranks on this machine. A rank on another one does not find the boot.
+    environment = {**os.environ, GUARD: identity(os.getpid()), GRACE: str(grace)}
+    return subprocess.Popen(command, env=environment, preexec_fn=in_child).pid
 
 
 def main(argv: list[str]) -> int:
@@ -108,7 +132,7 @@ def main(argv: list[str]) -> int:
     if os.getppid() != driver:  # it died before the line above
         return 128 + signal.SIGTERM
     try:
-        child = start(command)
+        child = start(command, grace)
     except OSError as error:
         print(f"{command[0]}: cannot be started: {error}", file=sys.stderr)
         return 127

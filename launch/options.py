@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; "
         "--print-config shows them all. "
         "Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement is "
-        "missing, 130 interrupted, 143 terminated.",
+        "missing, 129 hung up, 130 interrupted, 143 terminated.",
     )
     add = made.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N",

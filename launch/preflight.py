@@ -97,7 +97,7 @@ def check_compiler(config: RunConfig, steps: Iterable[int]) -> None:
         3: [config.step3.actor.engine, config.step3.critic.engine],
     }
     offloading = any(engine.offload != "none" for step in steps for engine in engines[step])
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     if not offloading or any(root.glob("**/cpu_adam.so")):
         return
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from launch import guard
 from launch.heartbeat import Heartbeat
 from launch.spec import LaunchSpec
 from rlhf.redact import RedactedStream
+from rlhf.store.files import open_own, room_remedy
 
 GRACE_SECONDS = 15.0
 TAIL_BYTES = 200_000
+LOOK_SECONDS = 0.5  # how often it is asked whether the guard lives
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -68,13 +71,15 @@ def supervise(
     command's processes to end and they are killed after `grace` seconds; a second one kills now.
     With a heart (processes on other nodes) the first one reaches all ranks through it, so that all
     save together; it ends the launcher when their time is over.
+
+    Where the guard itself is killed, this process inherits the command and ends it the same way.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     watched = [sys.executable, "-I", guard.__file__, str(os.getpid()), str(grace), *spec.argv]
     with _Record(log) as record:
         start = record.start
-        with _signals() as state:
+        with _signals() as state, _heir() as heir:
             child = subprocess.Popen(
                 watched,
                 stdin=subprocess.DEVNULL,
@@ -87,12 +92,19 @@ def supervise(
             )
             if heart is not None:
                 heart.launched(child.terminate)
-            state.attach(child, on_interrupt, heart)
-            _tee(child, record, console or _console(), state)
+            heir.attach(child, grace, heart)
+            state.attach(child, on_interrupt, heart, heir)
+            _tee(child, record, console or _console(), state, heir)
             code = child.wait()
-    seconds = time.monotonic() - started
+            heir.end()
     return Outcome(
-        signal_code(code), state.interrupted, seconds, log, start, bytes(record.unlogged)
+        code=signal_code(code),
+        interrupted=state.interrupted,
+        seconds=time.monotonic() - started,
+        log=log,
+        log_start=start,
+        unlogged=bytes(record.unlogged),
+        lost=heir.why,
     )
 
 
@@ -106,6 +118,73 @@ def signal_code(code: int) -> int:
     return code - 256 if code > 192 else code
 
 
+class _Heir:
+    """Takes over from a guard that was killed: ends what it left, which this process inherits."""
+
+    def __init__(self) -> None:
+        self.why = ""
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._grace = 0.0
+        self._heart: Heartbeat | None = None
+        self._kill_at: float | None = None
+        self._left: set[int] = set()
+
+    def attach(self, child: subprocess.Popen[bytes], grace: float, heart: Heartbeat | None) -> None:
+        self._guard, self._grace, self._heart = child, grace, heart
+
+    def look(self) -> None:
+        """Call now and then while the command's output is open."""
+        if self._guard is None or (self._guard.poll() or 0) >= 0:  # a guard exits by itself
+            return
+        if self._kill_at is None:
+            self.stop()
+        elif time.monotonic() > self._kill_at:
+            self.kill()
+
+    def stop(self) -> None:
+        """Ranks are told to save and end; a second time, or after the grace period: killed."""
+        if self._kill_at is not None:
+            return self.kill()
+        assert self._guard is not None
+        self._kill_at = time.monotonic() + self._grace
+        self.why = (
+            f"the process that guards it ({self._guard.pid}, launch/guard.py) was killed from "
+            "outside; its ranks were told to save and end"
+        )
+        if self._heart is not None:
+            self._heart.stop()
+        guard.ask_to_stop(self._below())
+
+    def kill(self) -> None:
+        guard.signal_these(self._below(), signal.SIGKILL)
+
+    def end(self) -> None:
+        """The output is closed: what the guard left is ended and reaped."""
+        if self._guard is not None and self._guard.returncode < 0:
+            self.kill()
+        for pid in self._left:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+    def _below(self) -> list[int]:
+        assert self._guard is not None
+        mark = f"{guard.GUARD}={self._guard.pid} "  # this process may have other children
+        below = guard.descendants(os.getpid())
+        found = [pid for pid in below if guard.has_variable(pid, mark)]
+        self._left.update(found)
+        return found
+
+
+@contextlib.contextmanager
+def _heir() -> Iterator[_Heir]:
+    """While it is open, children of a guard that dies become this process's own (Linux)."""
+    guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield _Heir()
+    finally:
+        guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 0)
+
+
 class _State:
     """What the signal handlers know: they must not wait, nor raise in the middle of a write."""
 
@@ -115,22 +194,26 @@ class _State:
         self._child: subprocess.Popen[bytes] | None = None
         self._announce: Callable[[], None] = lambda: None
         self._heart: Heartbeat | None = None
+        self._heir: _Heir | None = None
 
     def attach(
         self,
         child: subprocess.Popen[bytes],
         announce: Callable[[], None],
         heart: Heartbeat | None,
+        heir: _Heir,
     ) -> None:
-        self._child, self._announce, self._heart = child, announce, heart
+        self._child, self._announce, self._heart, self._heir = child, announce, heart, heir
         for number in range(self.pending):
             self._tell(first=number == 0)
 
     def _tell(self, first: bool) -> None:
         if first and self._heart is not None:
             self._heart.stop()
-        elif self._child is not None:
+        elif self._child is not None and self._child.returncode is None:
             self._child.send_signal(signal.SIGTERM)
+        elif self._heir is not None:  # the guard is gone
+            self._heir.stop()
 
     def handle(self, number: int, frame: Any) -> None:
         first, self.interrupted = not self.interrupted, self.interrupted or number
@@ -159,7 +242,7 @@ class _Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stream = path.open("ab", buffering=0)
+        self._stream = open_own(path, "ab")
         self.start = self._stream.tell()
         self.unlogged = bytearray()
 
@@ -184,7 +267,11 @@ class _Record:
 
 
 def _tee(
-    child: subprocess.Popen[bytes], record: _Record, console: BinaryIO | None, state: _State
+    child: subprocess.Popen[bytes],
+    record: _Record,
+    console: BinaryIO | None,
+    state: _State,
+    heir: _Heir,
 ) -> None:
     """Bytes as they come, so that a progress line's `\\r` works. After an interrupt: log only."""
     assert child.stdout is not None
@@ -193,11 +280,17 @@ def _tee(
     with child.stdout:
         ended = False
         while not ended:
+            heir.look()
+            if not select.select([descriptor], [], [], LOOK_SECONDS)[0]:
+                continue
             chunk = os.read(descriptor, 65536)
             ended = not chunk
             chunk = redacted.end() if ended else redacted.feed(chunk)
             if problem := record.write(chunk):
-                text = f"\nwarning: {problem}: only the console has what follows; free some space\n"
+                text = (
+                    f"\nwarning: {problem}: only the console has what follows; "
+                    f"{room_remedy(record.path)}\n"
+                )
                 chunk += text.encode()
             if console is None or state.interrupted:
                 continue

@@ -19,15 +19,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError, at_its_end, with_notes
+from rlhf.home import ensure_home
 from rlhf.lifeline import Lifeline, adopt_environment
+from rlhf.ranklog import RankLog, Tee
 from rlhf.redact import printable, redact, redact_tree
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
-from rlhf.store.files import disk_errors, remove
+from rlhf.store.files import disk_errors, open_own, remove
 
 OOM_REMEDY = (
     "Out of memory. In this order: halve micro_batch_size (the result stays the same), turn on "
@@ -168,6 +170,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     adopt_environment(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     try:
+        ensure_home(os.environ)
         resolved = step_config(sys.argv[1:], step)
     except UserError as error:
         print(printable(redact(f"error: {error}")), file=sys.stderr, flush=True)
@@ -243,21 +246,35 @@ def only_one(run: StepRun, wait: float = 90.0) -> Iterator[None]:
     if run.rank != 0:
         yield
         return
-    with (run.step_dir / ".running").open("w") as handle:
+    running = run.step_dir / ".running"
+    with disk_errors(running, RequirementError):
+        handle = open_own(running, "a+")
+    with handle:
         began = time.monotonic()
+        told = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                handle.seek(0)
+                who = handle.read().strip() or "unknown"
                 if time.monotonic() - began > wait:
                     raise RequirementError(
-                        f"{run.step_dir}: processes of an earlier start still work here after "
-                        f"{wait:.0f} s: wait for them or end them, or choose another --name"
+                        f"{run.step_dir}: processes of an earlier start (rank 0: process {who}) "
+                        f"still work here after {wait:.0f} s: wait for them or end them, or choose "
+                        "another --name"
                     ) from None
+                if not told:
+                    run.say(f"waiting for process {who} of an earlier start to end")
+                    told = True
                 time.sleep(0.1)
             except OSError:  # a file system without locks: the user keeps runs apart
                 break
+        with contextlib.suppress(OSError):  # a full disk: the lock itself holds all the same
+            handle.truncate(0)
+            handle.write(f"{os.getpid()} {socket.gethostname()}\n")
+            handle.flush()
         yield
 
 
@@ -309,69 +326,6 @@ def _remedy(error: Exception) -> str:
     ):
         return OOM_REMEDY
     return ""
-
-
-class RankLog:
-    """A rank's log file: whole lines instead of bars, no secrets, each piece written at once.
-
-    A disk that takes no more is told once on the console; what it missed is lost, the run is not.
-    """
-
-    def __init__(self, path: Path, console: TextIO) -> None:
-        self.path, self.console = path, console
-        self._stream = path.open("ab", buffering=0)
-        self._told = False
-
-    def write(self, text: str) -> int:
-        data = redact(text.replace("\r", "\n")).encode("utf-8", "backslashreplace")
-        try:
-            self._stream.write(data)
-        except OSError as error:
-            if not self._told:
-                self._told = True
-                print(
-                    f"warning: {self.path}: cannot be written ({error.strerror}): the console "
-                    "alone has what follows; free some space",
-                    file=self.console,
-                    flush=True,
-                )
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def __enter__(self) -> RankLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-
-class Tee:
-    """Writes to the console and to the rank's log, without secrets."""
-
-    def __init__(self, console: TextIO, log: RankLog) -> None:
-        self.console, self.log = console, log
-
-    def write(self, text: str) -> int:
-        # A launcher that was killed has taken the console with it; the log goes on.
-        with contextlib.suppress(BrokenPipeError):
-            self.console.write(redact(text))
-        self.log.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.console.flush()
-
-    def isatty(self) -> bool:
-        return self.console.isatty()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.console, name)
 
 
 def _die_with_launcher() -> None:

@@ -9,6 +9,9 @@ In a step's logs directory, which all hosts share:
 
 A killed driver, pdsh or deepspeed leaves the ranks on other hosts running: nothing tells them. So
 each rank reads the driver's count in a thread, and ends when it says so or stands still.
+
+On the driver's own machine a rank watches the guard (launch/guard.py), whose children all of them
+are: when it is gone, killed too, the rank saves and ends by itself.
 Standard library only.
 """
 
@@ -30,6 +33,8 @@ BEAT_FILE, ENDED, STOP = "driver.beat", "ended", "stop"
 INTERVAL_SECONDS = 1.0
 HEARTBEAT, FORWARDED = "RLHF_HEARTBEAT", "RLHF_FORWARDED"
 EXIT_WITHOUT_DRIVER = 143  # as if it had been told to terminate
+GUARD = "RLHF_GUARD"  # "pid start-time boot", as launch/guard.py writes it
+GRACE = "RLHF_GRACE"  # seconds that a rank has to save when its guard is gone
 # scheduler -> our variable -> its variable
 SCHEDULERS = {
     "openmpi": {
@@ -63,6 +68,8 @@ class Lifeline:
         self.done = logs / f"rank{rank}.done.json"
         self.rank = rank
         self.timeout = float(environ.get(HEARTBEAT, "0"))
+        self.guard = environ.get(GUARD, "")
+        self.grace = float(environ.get(GRACE, "15"))
         self._ending = threading.Event()
         self._checked = time.monotonic()
         self._count = 0
@@ -70,6 +77,8 @@ class Lifeline:
     def start(self) -> None:
         """Removes an earlier marker; watches the driver if it says that it can be watched."""
         self.done.unlink(missing_ok=True)
+        if self.guard.endswith(boot()) and boot():
+            threading.Thread(target=self._watch_guard, daemon=True, name="lifeline-guard").start()
         if self.timeout > 0:
             self._sign()
             # Two threads: reading from a lost network file system may never return.
@@ -108,6 +117,14 @@ class Lifeline:
                 if (found, at) != (last, seen):
                     last, seen, self._checked = found, at, time.monotonic()
 
+    def _watch_guard(self) -> None:
+        while is_alive(self.guard):
+            if self._ending.wait(INTERVAL_SECONDS):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)  # the training loop saves; elsewhere this ends it
+        if not self._ending.wait(self.grace):
+            self._leave(f"its guard (process {self.guard.split()[0]}) is gone")
+
     def _judge(self) -> None:
         while not self._ending.wait(INTERVAL_SECONDS):
             if time.monotonic() - self._checked > self.timeout:
@@ -120,6 +137,24 @@ class Lifeline:
             print(f"rank {self.rank}: {why}: it ends too", file=sys.stderr, flush=True)
         self._sign(ended=True)
         os._exit(EXIT_WITHOUT_DRIVER)
+
+
+def boot() -> str:
+    """What this machine was given when it started; empty where it cannot be known."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def is_alive(identity: str) -> bool:
+    """Does the process of this machine still run that `identity` ("pid start-time boot") names?"""
+    pid, start, _ = identity.split()
+    try:
+        # "pid (name) state ...": the name may hold spaces and brackets
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return fields[0] != b"Z" and fields[19].decode() == start
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

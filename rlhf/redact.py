@@ -2,35 +2,36 @@
 
 What counts as a secret:
 
-- the value of an environment variable named like one (`HF_TOKEN`, `AWS_SECRET_ACCESS_KEY`, ...), if
-  it has 8 characters or more: shorter ones would blot out ordinary words;
-- tokens of the Hugging Face hub (`hf_...`) and what follows `Bearer`;
+- the value of an environment variable named like one (`HF_TOKEN`, `PGPASSWORD`, ...), as it is, as
+  a URL has it and as JSON or Python escape it, if it has 8 characters or more: shorter ones would
+  blot out ordinary words;
+- tokens in their issuers' forms (`hf_...`, `ghp_...`, `sk-...`: rlhf/secrets.py), what follows
+  `Bearer`, `Basic` or `Authorization:`, and webhooks;
 - user names and passwords in URLs;
 - the whole query of a URL that is signed (`X-Amz-Signature`, `sig`, `token`, ...): so a link that
   was signed again reads the same.
 
-Pure: text in, text out. Imports nothing of ours.
+Pure: text in, text out.
 """
 
 from __future__ import annotations
 
 import codecs
 import functools
+import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from rlhf import secrets
+
 MARK = "<redacted>"
 # The driver gives a step's processes the settings that `hide` took out of resolved.json in this
 # variable, as JSON: an environment is in no file, and on this machine only its owner can read it.
 HIDDEN_SETTINGS = "RLHF_HIDDEN_SETTINGS"
 SHORTEST = 8
-_VARIABLE = re.compile(
-    r"(?:^|_)(?:TOKENS?|KEYS?|KEY_ID|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?)$",
-    re.IGNORECASE,
-)
 _SECRET_FIELD = (
     r"(?:x-(?:amz|goog)-(?:signature|credential|security-token)|signature|sig|[\w.-]*token"
     r"|[\w.-]*secret|[\w.-]*passw(?:or)?d|(?:api|access|account|subscription)?[_-]?key"
@@ -43,10 +44,8 @@ _USER = re.compile(r"(?<=://)[^/@?#]+@")
 _CONTAINER = re.compile(r"\w+://[\w$-]+@[^:@/]")
 _SIGNED = re.compile(rf"\?(?:[^#]*&)?{_SECRET_FIELD}=[^#]*", re.IGNORECASE)
 _FIELD = re.compile(rf"([?&]{_SECRET_FIELD}=)[^&{_END}]+", re.IGNORECASE)
-_TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{20,}|(?:jwt|oauth)_[\w.-]{20,})")
-_BEARER = re.compile(r"(Bearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
-_STARTS = ("hf_", "://", "bearer ")
-_MARKS = ("://", "hf_", "?", "&")
+_STARTS = ("://", *(f"{lead} " for lead in secrets.LEADS))
+_MARKS = ("://", "?", "&", *map(str.lower, secrets.STARTS))
 _LONGEST_HELD = 1 << 16
 
 
@@ -54,13 +53,19 @@ def secret_values(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Values of the environment's secrets (as they are, and as a URL has them), longest first."""
     found: set[str] = set()
     for name, value in (os.environ if environ is None else environ).items():
-        if not _VARIABLE.search(name):
+        if not secrets.sounds_secret(name):
             continue
         # A key of several lines shows up line by line where text is indented.
         for part in {value.strip(), *value.splitlines()}:
             if len(part.strip()) >= SHORTEST:
-                found |= {part.strip(), quote(part.strip(), safe="")}
+                found |= _spellings(part.strip())
     return tuple(sorted(found, key=lambda text: (-len(text), text)))
+
+
+def _spellings(value: str) -> set[str]:
+    """A value as it is, in a URL, in JSON (with and without other alphabets), in Python."""
+    escaped = {json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (True, False)}
+    return {value, quote(value, safe=""), repr(value)[1:-1], *escaped}
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
@@ -118,7 +123,10 @@ class RedactedStream:
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self._known = secret_values(environ)
-        self._starts = tuple(_STARTS) + tuple(value.lower() for value in self._known)
+        # beginning of a secret -> may it stand inside a word?
+        self._starts = {start.lower(): False for start in secrets.STARTS}
+        self._starts |= dict.fromkeys(_STARTS, True)
+        self._starts |= dict.fromkeys(map(str.lower, self._known), True)
         self._held = ""
         # Keeps half a character back; escaped surrogates carry what is no UTF-8 through unchanged.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -149,13 +157,16 @@ class RedactedStream:
             if any(mark in last for mark in _MARKS):
                 cut -= len(last)
             begin = len(text) - len(last)
-            while len(words) > 1 and words[-2].endswith("bearer"):
+            while len(words) > 1 and words[-2].strip("\"':=").endswith(secrets.LEADS):
                 words.pop()
                 begin = lower.rindex(words[-1], 0, begin)
                 cut = min(cut, begin)
-        for start in self._starts:
-            sizes = range(min(len(start), len(text)), 0, -1)
-            cut = min(cut, len(text) - next((n for n in sizes if lower.endswith(start[:n])), 0))
+        for start, anywhere in self._starts.items():
+            for size in range(min(len(start), len(text)), 0, -1):
+                begin = len(text) - size
+                if lower.endswith(start[:size]) and (anywhere or not lower[:begin][-1:].isalnum()):
+                    cut = min(cut, begin)
+                    break
         pattern = _pattern(self._known)
         for match in pattern.finditer(text) if pattern else ():
             if match.start() < cut < match.end():
@@ -176,14 +187,13 @@ def _without_user(url: re.Match[str]) -> str:
 def _redact(text: str, known: tuple[str, ...]) -> str:
     if pattern := _pattern(known):
         text = pattern.sub(MARK, text)
-    text = _BEARER.sub(rf"\1{MARK}", text)
+    text = secrets.without_headers(text, MARK)
     if "://" in text:
+        text = secrets.WEBHOOK.sub(rf"\1/{MARK}", text)
         text = _URL.sub(_without_user, text)
     if "=" in text:
         text = _FIELD.sub(rf"\1{MARK}", text)
-    if "hf_" in text:
-        text = _TOKEN.sub(MARK, text)
-    return text
+    return secrets.TOKEN.sub(MARK, text)
 
 
 def _tree(value: Any, known: tuple[str, ...]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ from rlhf.data.batches import SFTBatch
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.harness import StepRun, run_step
-from rlhf.supervised import Plans, Supervised, planned_steps
+from rlhf.supervised import Plans, Supervised, card_lines, planned_steps, provenance
+
+MAX_EXPONENT = math.log(sys.float_info.max)
 
 
 def main(run: StepRun) -> None:
@@ -58,14 +61,13 @@ def main(run: StepRun) -> None:
         card = models.model_card(
             "SFT model",
             base=settings.model.name or base,
-            lines=[f"held-out perplexity {evaluation['perplexity']:.3f}", f"{total} steps"],
+            lines=[*card_lines(evaluation, rows["eval"]), f"{total} steps"],
         )
         run.publish(
             lambda directory: snapshot.write(directory, tokenizer, card=card),
             kind="sft",
             data_fingerprint=rows["train"].fingerprint,
-            metrics=evaluation
-            | {"steps": total, "base": base, "data": rows["train"].report.to_dict()},
+            metrics=evaluation | provenance(rows) | {"steps": total, "base": base},
             tokenizer_fingerprint=models.fingerprint(tokenizer),
         )
     comm.barrier()
@@ -102,8 +104,8 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
             response_column=settings.response_column,
             split=split,
         )
-    for line in rows.report.lines():
-        run.say(f"{split} data: {line}")
+    for line in rows.lines(split):
+        run.say(line)
     return rows
 
 
@@ -128,6 +130,7 @@ def supervised(
         step=lambda batches: sft_step(engine, batches),
         evaluate=lambda: evaluate(run, engine, held_out, pad_id),
         shown=("loss",),
+        compared=("perplexity", "loss"),
         epoch_line=lambda found: f"held-out perplexity {found['perplexity']:.3f}",
     )
 
@@ -170,7 +173,7 @@ def _counted(batch: SFTBatch) -> torch.Tensor:
 
 
 def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> dict[str, float]:
-    """Perplexity per answer token over the held-out rows, all ranks together."""
+    """Perplexity per answer token over the held-out rows, all ranks together; {} without rows."""
     plan = data.whole_pass(
         data.row_lengths(dataset),
         micro_batch_size=run.config.step1.train.eval_batch_size,
@@ -185,8 +188,11 @@ def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> di
             sums["nll"] += float(nll)
             sums["tokens"] += float(stats["tokens"])
     sums = comm.sum_over_ranks(sums)
-    loss = sums["nll"] / max(sums["tokens"], 1.0)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 80.0)), "tokens": sums["tokens"]}
+    if not sums["tokens"]:
+        return {}
+    loss = sums["nll"] / sums["tokens"]
+    perplexity = math.inf if loss > MAX_EXPONENT else math.exp(loss)
+    return {"loss": loss, "perplexity": perplexity, "tokens": sums["tokens"]}
 
 
 if __name__ == "__main__":

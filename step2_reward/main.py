@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError
 from rlhf.evaluation.reward_metrics import pair_metrics
 from rlhf.harness import StepRun, run_step
-from rlhf.supervised import Plans, Supervised, planned_steps
+from rlhf.supervised import Plans, Supervised, card_lines, planned_steps, provenance
 
 
 def main(run: StepRun) -> None:
@@ -58,19 +59,19 @@ def main(run: StepRun) -> None:
         evaluation = work.run(run, engine, rows["train"].fingerprint)
 
     with run.phase("publish"):
-        engine.module.set_statistics(evaluation["score_mean"], evaluation["score_std"])
+        scale = score_statistics(run, engine, rows, evaluation, tokenizer.pad_token_id)
+        engine.module.set_statistics(scale["score_mean"], scale.get("score_std", 1.0))
         snapshot = models.Snapshot(engine.module)
         card = models.model_card(
             "Reward model",
             base=settings.model.name or base,
-            lines=[f"held-out {key} {value:.4f}" for key, value in evaluation.items()],
+            lines=card_lines(evaluation, rows["eval"]),
         )
         run.publish(
             lambda directory: snapshot.write(directory, tokenizer, card=card),
             kind="reward",
             data_fingerprint=rows["train"].fingerprint,
-            metrics=evaluation
-            | {"steps": total, "base": base, "data": rows["train"].report.to_dict()},
+            metrics=evaluation | scale | provenance(rows) | {"steps": total, "base": base},
             tokenizer_fingerprint=models.fingerprint(tokenizer),
         )
     comm.barrier()
@@ -117,8 +118,8 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
             max_length=settings.max_length,
             split=split,
         )
-    for line in rows.report.lines():
-        run.say(f"{split} data: {line}")
+    for line in rows.lines(split):
+        run.say(line)
     return rows
 
 
@@ -153,7 +154,7 @@ def supervised(
     def collate(index: list[int]) -> PairBatch:
         return data.collate_pairs(dataset.select(index).to_list(), pad_id).to(engine.device)
 
-    def told(found: dict[str, float]) -> str:
+    def line(found: dict[str, float]) -> str:
         return f"held-out accuracy {found['accuracy']:.4f}, margin {found['margin']:.3f}"
 
     return Supervised(
@@ -165,7 +166,8 @@ def supervised(
         step=lambda batches: reward_step(engine, batches, settings.loss, settings.margin),
         evaluate=lambda: evaluate(run, engine, held_out, pad_id),
         shown=("loss", "accuracy"),
-        epoch_line=told,
+        compared=("accuracy", "margin", "loss"),
+        epoch_line=line,
     )
 
 
@@ -216,7 +218,50 @@ def _loss(
 
 
 def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> dict[str, float]:
-    """Accuracy, margin, calibration, by length; and the chosen answers' score statistics."""
+    """Accuracy, margin, calibration, by length; and the chosen answers' score statistics. {}
+    without rows."""
+    found = _scores(run, engine, dataset, pad_id)
+    if not found:
+        return {}
+    columns = list(zip(*found, strict=True))
+    return pair_metrics(*columns) | _statistics(columns[0])
+
+
+def score_statistics(
+    run: StepRun,
+    engine: TrainEngine,
+    rows: dict[str, data.StageData],
+    evaluation: dict[str, float],
+    pad_id: int,
+) -> dict[str, Any]:
+    """Mean and standard deviation of chosen answers' scores, by which step 3 normalises (10).
+
+    `scores_of` says whose: held-out answers'; or training ones' where fewer than two are held out,
+    or these score alike. Without `score_std` no two answers differ.
+    """
+    names = ("score_mean", "score_std")
+    if evaluation.get("score_std"):
+        return {name: evaluation[name] for name in names} | {"scores_of": "held-out answers"}
+    dataset = rows["train"].dataset
+    some = dataset.select(range(min(len(dataset), run.config.data.max_eval_rows)))
+    found = _statistics([chosen for chosen, *_ in _scores(run, engine, some, pad_id)])
+    run.say(f"score statistics are those of {len(some)} chosen answers from training")
+    if not found.get("score_std"):
+        run.say("warning: all of them score alike: rewards will be centred and not scaled")
+        found.pop("score_std", None)
+    return found | {"scores_of": "training answers"}
+
+
+def _statistics(scores: Sequence[float]) -> dict[str, float]:
+    """Population mean and standard deviation; one score has no deviation to measure."""
+    spread = {"score_std": statistics.pstdev(scores)} if len(scores) > 1 else {}
+    return {"score_mean": statistics.fmean(scores)} | spread
+
+
+def _scores(
+    run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int
+) -> list[tuple[float, float, int, int]]:
+    """Of every pair, over all ranks: the scores of chosen and rejected, and their tokens."""
     plan = data.whole_pass(
         data.row_lengths(dataset),
         micro_batch_size=run.config.step2.train.eval_batch_size,
@@ -233,14 +278,7 @@ def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> di
             chosen, rejected = models.last_values(values, mask).chunk(2)
             for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=False):
                 found.append((c, r, len(row["chosen_ids"]), len(row["rejected_ids"])))
-    found = comm.gather_lists(found)
-    if not found:
-        return {"accuracy": 0.0, "margin": 0.0, "score_mean": 0.0, "score_std": 1.0}
-    chosen_scores, *_ = columns = list(zip(*found, strict=True))
-    metrics = pair_metrics(*columns)
-    metrics["score_mean"] = statistics.fmean(chosen_scores)
-    metrics["score_std"] = statistics.pstdev(chosen_scores) or 1.0
-    return metrics
+    return comm.gather_lists(found)
 
 
 if __name__ == "__main__":

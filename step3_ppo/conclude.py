@@ -19,6 +19,8 @@ from rlhf.store import MANIFEST, read_manifest, write_json_atomic, write_text_at
 from step3_ppo.evaluate import Evaluation
 from step3_ppo.roles import Roles
 
+FIGURES = ("models", "gain", "gain_ci", "gain_in_sft_std")
+
 
 def conclude(
     run: StepRun,
@@ -29,18 +31,9 @@ def conclude(
     *,
     data_fingerprint: str,
 ) -> None:
-    """Evaluates base, SFT and trained model, publishes, and writes the verdict."""
-    sft_metrics = _parent_metrics(run.parent("sft"))
-    answers = _answers(run, roles, tokenizer, prompts, sft_metrics.get("base"))
-    judge = _judge(run)
-    verdict = build_verdict(
-        models={name: summarise(rows, judge.good if judge else None) for name, rows in answers},
-        gain=paired_gain(dict(answers)["ppo"], dict(answers)["sft"]),
-        samples=_samples(answers, run.config.step3.eval.samples),
-        sft=sft_metrics,
-        reward=_parent_metrics(run.parent("reward")),
-        judge=judge.name if judge else None,
-    )
+    """Evaluates base, SFT and trained model, publishes, and writes the verdict; without held-out
+    prompts, which must have been asked for, publishes alone."""
+    verdict = _verdict(run, roles, tokenizer, prompts) if len(prompts) else None
     snapshots = {"actor": models.Snapshot(roles.actor.module)}
     if roles.critic is not None:
         snapshots["critic"] = models.Snapshot(roles.critic.module)
@@ -49,11 +42,13 @@ def conclude(
             snapshots["actor_ema"] = models.Snapshot(roles.actor.module)
     settings = run.config.step3
     generation = {"do_sample": True, "temperature": settings.rollout.temperature, "top_k": 0}
-    facts = [
-        f"held-out reward {verdict['models']['ppo']['reward']:.3f} "
-        f"(SFT {verdict['models']['sft']['reward']:.3f})",
-        f"KL to the SFT model {verdict['models']['ppo']['kl']:.2f} nats per answer",
-    ]
+    facts = ["no held-out prompts: nothing is measured"]
+    if verdict is not None:
+        facts = [
+            f"held-out reward {verdict['models']['ppo']['reward']:.3f} "
+            f"(SFT {verdict['models']['sft']['reward']:.3f})",
+            f"KL to the SFT model {verdict['models']['ppo']['kl']:.2f} nats per answer",
+        ]
 
     def write(directory: Path) -> None:
         for name, snapshot in snapshots.items():
@@ -63,15 +58,33 @@ def conclude(
             snapshot.write(directory / name, tokenizer, card=card, generation=generation)
 
     # Before publishing: who is killed after it has a finished step, and must have its verdict.
-    if comm.rank() == 0:
+    if comm.rank() == 0 and verdict is None:
+        for name in ("verdict.json", "verdict.txt"):
+            (run.step_dir / name).unlink(missing_ok=True)  # of an earlier run with other settings
+        run.say("step 3: no held-out prompts, so no verdict")
+    elif comm.rank() == 0 and verdict is not None:
         write_json_atomic(run.step_dir / "verdict.json", verdict)
         write_text_atomic(run.step_dir / "verdict.txt", render(verdict))
     run.publish(
         write,
         kind="ppo",
         data_fingerprint=data_fingerprint,
-        metrics={key: verdict[key] for key in ("models", "gain", "gain_ci", "gain_in_sft_std")},
+        metrics={key: value for key, value in (verdict or {}).items() if key in FIGURES},
         tokenizer_fingerprint=models.fingerprint(tokenizer),
+    )
+
+
+def _verdict(run: StepRun, roles: Roles, tokenizer: Any, prompts: Any) -> dict[str, Any]:
+    sft_metrics = _parent_metrics(run.parent("sft"))
+    answers = _answers(run, roles, tokenizer, prompts, sft_metrics.get("base"))
+    judge = _judge(run)
+    return build_verdict(
+        models={name: summarise(rows, judge.good if judge else None) for name, rows in answers},
+        gain=paired_gain(dict(answers)["ppo"], dict(answers)["sft"]),
+        samples=_samples(answers, run.config.step3.eval.samples),
+        sft=sft_metrics,
+        reward=_parent_metrics(run.parent("reward")),
+        judge=judge.name if judge else None,
     )
 
 

@@ -43,6 +43,7 @@ def main(run: StepRun) -> None:
         tokenizer = models.load_tokenizer(sft, template=None)
         check_tokenizers(sft, reward, tokenizer)
         rows = _prompts(run, tokenizer, "train")
+        held_out = _prompts(run, tokenizer, "eval")
         prompts = rows.dataset
         per_iteration = _prompts_per_iteration(settings, len(prompts), world)
         iterations = settings.iterations or max(len(prompts) // per_iteration, 1)
@@ -67,8 +68,14 @@ def main(run: StepRun) -> None:
         _train(run, trainer, keeper, done)
 
     with run.phase("evaluate and publish"):
-        eval_rows = _prompts(run, tokenizer, "eval").dataset
-        conclude(run, roles, tokenizer, eval_rows, trainer.ema, data_fingerprint=rows.fingerprint)
+        conclude(
+            run,
+            roles,
+            tokenizer,
+            held_out.dataset,
+            trainer.ema,
+            data_fingerprint=rows.fingerprint,
+        )
     comm.barrier()
 
 
@@ -118,8 +125,8 @@ def _prompts(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> A
             max_length=None,
             split=split,
         )
-    for line in rows.report.lines():
-        run.say(f"{split} data: {line}")
+    for line in rows.lines(split):
+        run.say(line)
     return rows
 
 

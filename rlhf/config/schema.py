@@ -47,7 +47,9 @@ class DataConfig(Section):
     hub_split: str = doc("train", "Name of the training split on the hub.")
     hub_eval_split: str | None = doc("test", "Name of the held-out split on the hub, if any.")
     eval_fraction: Fraction = doc(
-        0.05, "Share of rows held out where the data set brings no test split of its own."
+        0.05,
+        "Share of the prompts, with all their rows, held out where the data set brings no test split "
+        "of its own. 0, without a test split: nothing is measured.",
     )
     max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
     max_train_rows: Positive | None = doc(None, "At most so many training rows per step.")

@@ -6,7 +6,7 @@ Batches are tensors: their module is imported at first use, so that the preview 
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.plan import Budget, plan_batches, whole_pass
-from rlhf.data.prepare import StageData, prepare
+from rlhf.data.prepare import HeldOut, StageData, prepare
 from rlhf.data.replay import Replayable
 from rlhf.data.texts import texts
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORED",
     "Budget",
+    "HeldOut",
     "PairBatch",
     "PromptBatch",
     "Replayable",

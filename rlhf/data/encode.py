@@ -57,12 +57,14 @@ def encode(
     encoder: Encoder,
     limits: Limits,
     report: DataReport,
-) -> Columns:
-    """Columns of SCHEMAS[step] for samples with the names of the answers they are used for.
+) -> tuple[Columns, list[Sample]]:
+    """Columns of SCHEMAS[step] for samples with the names of the answers they are used for, and
+    the samples that they came from.
 
     `report.kept`, `.dropped` and `.truncated` are counted up.
     """
     columns: Columns = {name: [] for name in SCHEMAS[step].names}
+    kept: list[Sample] = []
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
         prompts = encoder.prompts([sample.prompt for sample, _ in chunk])
@@ -74,7 +76,8 @@ def encode(
             if row is not None:
                 _append(columns, step, sample, *row)
                 report.kept += 1
-    return columns
+                kept.append(sample)
+    return columns, kept
 
 
 def _fit(

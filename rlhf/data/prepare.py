@@ -7,7 +7,7 @@ unique contents and so agree on the split.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
 from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
 from rlhf.data.sources.base import NoPreference, sha256
-from rlhf.data.split import Keys, assign, draw
+from rlhf.data.split import Assignment, Keys, assign, draw
 from rlhf.data.templates import render
 from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError
@@ -27,18 +27,46 @@ if TYPE_CHECKING:
     import datasets
 
 # Raise it when the same settings and data would give other rows.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Split = Literal["train", "eval"]
+LEFT_OUT = "held-out row whose prompt is trained on"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of the rows of one `prepare`: their number, the different prompts among them
+    (`rlhf.data.split.prompt_key`), and how many of these prompts occur in training rows of any
+    step; all of them do in a training split."""
+
+    rows: int
+    prompts: int
+    seen: int
+
+    def line(self) -> str:
+        """For printing."""
+        if not self.rows:
+            return "no held-out rows: nothing is measured"
+        seen = "all" if self.seen == self.prompts else self.seen or "none"
+        return (
+            f"{self.rows} held-out rows with {self.prompts} different prompts, {seen} of them seen "
+            "in training"
+        )
 
 
 @dataclass(frozen=True)
 class StageData:
-    """One step's rows (columns: `rlhf.data.encode.SCHEMAS`), what became of all rows, and the
-    sha256 of the tokenised rows."""
+    """One step's rows (columns: `rlhf.data.encode.SCHEMAS`), what became of all rows, the sha256 of
+    the tokenised rows, and how much of a test they are."""
 
     dataset: datasets.Dataset
     report: DataReport
     fingerprint: str
+    held_out: HeldOut
+
+    def lines(self, split: Split) -> list[str]:
+        """For printing: the report's, and how much of a test the rows of `eval` are."""
+        lines = self.report.lines() + [self.held_out.line()] * (split == "eval")
+        return [f"{split} data: {line}" for line in lines]
 
 
 @dataclass(frozen=True)
@@ -70,9 +98,10 @@ def prepare(
     """Read, split and tokenise the rows of one step, or take them from the cache.
 
     The tokenizer must have an eos token; it is not changed. Rows come in an order that depends on
-    their content and the seed only. `split="eval"` gives the held-out rows, the same for all steps
-    (none if nothing is held out). Raises DataError (unreadable, too many bad rows, no training row
-    left) and ConfigError (formats, columns, template).
+    their content and the seed only. `split="eval"` gives the held-out rows, the same for all steps.
+    There are none if that was asked for (data.eval_fraction is 0, and no data set brings a test
+    split), or if none has the answers that the step reads. Raises DataError (unreadable, too many
+    bad rows, no row left) and ConfigError (formats, columns, template).
     """
     if max_length is not None and max_length <= max_prompt_length:
         raise ConfigError(
@@ -94,7 +123,12 @@ def prepare(
     dataset, info = found
     report = DataReport.from_dict(info["report"])
     _check(request, report)
-    return StageData(dataset, report, info["fingerprint"])
+    return StageData(dataset, report, info["fingerprint"], HeldOut(**info["held_out"]))
+
+
+def brings_held_out(data_set: DataSet) -> bool:
+    """Whether a data set has a test split of its own."""
+    return any(part.held_out for part in data_set.parts)
 
 
 def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[DataSet]) -> str:
@@ -132,33 +166,44 @@ def _build(
         ).removeprefix(encoder.bos),
     )
     samples, keys = _read(sets, maker, report)
-    used = _usable(_select(request, samples, keys, report), request, report)
+    data = request.data
+    assigned = assign(keys, data.split, data.eval_fraction, request.seed)
+    selected = _select(request, samples, assigned, report)
+    used = _usable(selected, request, report)
     _check(request, report, only_bad=True)
-    columns = encode(used, request.step, encoder, request.limits, report)
+    columns, kept = encode(used, request.step, encoder, request.limits, report)
     _check(request, report)
-    content = sha256(json.dumps(columns))
-    info = {"report": report.to_dict(), "fingerprint": content, "step": request.step}
+    # Test rows that are prompts alone serve step 3; the others measure nothing, and say so.
+    if request.split == "eval" and not kept and (used or not selected):
+        _check_asked_for(request, keys, assigned, report)
+    prompts = {sample.prompt_key for sample in kept}
+    held_out = HeldOut(len(kept), len(prompts), len(prompts & assigned.trained))
+    info = {
+        "report": report.to_dict(),
+        "fingerprint": sha256(json.dumps(columns)),
+        "held_out": vars(held_out),
+        "step": request.step,
+    }
     cache.store(root, key, columns, SCHEMAS[request.step], info)
 
 
 def _read(
     sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
 ) -> tuple[list[_Found], list[Keys]]:
-    """All usable rows, and per data set the content keys of its parts."""
+    """All usable rows, and per data set the keys of its parts' rows."""
     rows: list[_Found] = []
     keys: list[Keys] = []
     seen: set[str] = set()
     for one in sets:
-        by_role: tuple[set[str], set[str]] = (set(), set())
+        by_role: tuple[dict[str, str], dict[str, str]] = ({}, {})
         for part in sorted(one.parts, key=lambda part: part.fingerprint):
             for sample in _samples(part, maker, report):
                 if sample.key in seen:
                     report.add_duplicate(sample.where)
                 seen.add(sample.key)
-                by_role[part.held_out].add(sample.key)
+                by_role[part.held_out][sample.key] = sample.prompt_key
                 rows.append(_Found(sample, part.held_out))
-        brings = any(part.held_out for part in one.parts)
-        keys.append(Keys(frozenset(by_role[False]), frozenset(by_role[True]), brings))
+        keys.append(Keys(by_role[False], by_role[True], brings_held_out(one)))
     return rows, keys
 
 
@@ -176,21 +221,21 @@ def _samples(part: Part, maker: SampleMaker, report: DataReport) -> Iterator[Sam
 
 
 def _select(
-    request: _Request, rows: Sequence[_Found], keys: Sequence[Keys], report: DataReport
+    request: _Request, rows: Sequence[_Found], assigned: Assignment, report: DataReport
 ) -> list[Sample]:
     """This step's or the held-out samples, in the order of their keys' seeded hashes."""
     data = request.data
-    held_out, steps = assign(keys, data.split, data.eval_fraction, request.seed)
-    brought = set[str]().union(*(one.held_out for one in keys))
-    if request.split == "eval":
-        wanted = held_out
-    else:
-        wanted = {key for key, step in steps.items() if step == request.step}
+    brought = {row.sample.key for row in rows if row.held_out}
+    wanted: Collection[str] = assigned.held_out
+    if request.split == "train":
+        wanted = {key for key, step in assigned.steps.items() if step == request.step}
     limit = data.max_eval_rows if request.split == "eval" else data.max_train_rows
     by_key: dict[str, list[Sample]] = {}
     for row in rows:
         if row.sample.key in brought and not row.held_out:
             report.add_dropped("training row that is also held out", row.sample.where)
+        elif row.sample.key in assigned.left_out:
+            report.add_dropped(LEFT_OUT, row.sample.where)
         elif row.sample.key in wanted:
             by_key.setdefault(row.sample.key, []).append(row.sample)
         else:
@@ -237,4 +282,28 @@ def _check(request: _Request, report: DataReport, *, only_bad: bool = False) -> 
         f"step {request.step} has no training rows left (data.path {request.data.path}, "
         f"data.split {request.data.split}); give more data, a larger share, or mend what this "
         f"says:\n  {details}"
+    )
+
+
+def _check_asked_for(
+    request: _Request, keys: Sequence[Keys], assigned: Assignment, report: DataReport
+) -> None:
+    """Raise DataError if no row is held out and the settings do not ask for that."""
+    data, brings = request.data, any(one.brings_held_out for one in keys)
+    if data.eval_fraction == 0 and not brings:
+        return
+    if assigned.held_out:
+        why = f"none of the {len(assigned.held_out)} rows that are held out can be used"
+    elif brings:
+        why = "the test split has no usable row"
+    else:
+        prompts = len({prompt for one in keys for prompt in one.train.values()})
+        why = f"data.eval_fraction {data.eval_fraction:g} of {prompts} different prompts is none"
+    more = "test rows" if brings else "rows or a larger data.eval_fraction"
+    leave_out = "take the test split out of data.path and " if brings else ""
+    details = "\n  ".join(report.lines())
+    raise DataError(
+        f"step {request.step} has no held-out rows to be measured on: {why}. Bring more {more}, or "
+        f"mend what is said below; for a run that measures nothing, {leave_out}set "
+        f"data.eval_fraction=0. data.path {data.path}:\n  {details}"
     )

@@ -17,6 +17,7 @@ import jinja2
 
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, Row, sha256
+from rlhf.data.split import prompt_key
 from rlhf.data.templates import Messages
 from rlhf.errors import ConfigError
 
@@ -28,8 +29,9 @@ Render = Callable[[Messages, bool], str]
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and the answers the row has for it. `where` is the row's place, `key` hashes its
-    content before rendering (so that no template, tokenizer or step changes it)."""
+    """A prompt and the answers the row has for it. `where` is the row's place. `key` hashes its
+    content, `prompt_key` its prompt (`rlhf.data.split.prompt_key`), both before rendering (so that
+    no template, tokenizer or step changes them)."""
 
     prompt: str
     response: str | None
@@ -38,6 +40,7 @@ class Sample:
     margin: float | None
     where: str
     key: str = ""
+    prompt_key: str = ""
 
 
 class SampleMaker:
@@ -70,13 +73,15 @@ class SampleMaker:
             values["prompt"] = _fill(self._prompt_format, row)
         margin = self._margin(values.pop("margin"))
         key = _content_key([values, margin])
-        prompt, answers = self._texts(values)
+        asked, prompt, answers = self._texts(values)
         if not prompt.strip():
             raise BadRow(f"column {self._columns['prompt']!r} is empty")
         for text in (prompt, *answers.values()):
             _check_text(text or "")
         wrapped = {name: answers.get(name) for name in ANSWERS}
-        return Sample(prompt=prompt, margin=margin, where=where, key=key, **wrapped)
+        return Sample(
+            prompt=prompt, margin=margin, where=where, key=key, prompt_key=asked, **wrapped
+        )
 
     def _margin(self, value: Any) -> float | None:
         if value is None:
@@ -89,7 +94,8 @@ class SampleMaker:
             raise BadRow(f"column {self._columns['margin']!r} is not a number")
         return margin
 
-    def _texts(self, values: dict[str, Any]) -> tuple[str, dict[str, str | None]]:
+    def _texts(self, values: dict[str, Any]) -> tuple[str, str, dict[str, str | None]]:
+        """The prompt's key, the prompt and the answers as text."""
         prompt, answers = values["prompt"], {name: values[name] for name in ANSWERS}
         if prompt is None and values["messages"] is not None:
             turns = self._messages(values["messages"], "messages")
@@ -101,10 +107,12 @@ class SampleMaker:
         if prompt is None:
             raise BadRow(f"column {self._columns['prompt']!r} is missing")
         if isinstance(prompt, list):
-            return self._conversation(self._messages(prompt, "prompt"), answers)
+            turns = self._messages(prompt, "prompt")
+            return prompt_key(turns), *self._conversation(turns, answers)
         if not isinstance(prompt, str):
             raise self._wrong_type("prompt", prompt)
-        return prompt, {name: self._plain(name, value) for name, value in answers.items()}
+        plain = {name: self._plain(name, value) for name, value in answers.items()}
+        return prompt_key(prompt), prompt, plain
 
     def _plain(self, name: str, value: Any) -> str | None:
         if value is None or value == "":

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 from rlhf.errors import ArtifactError, RequirementError, UserError
 
@@ -22,7 +23,7 @@ CHUNK = 1 << 20
 _TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter")
 _NO_ROOM = 64 << 20
 _REMEDIES = {
-    errno.ENOSPC: "free some space, or choose another --output-dir",
+    errno.ENOSPC: "",  # room_remedy
     errno.EDQUOT: "your disk quota is used up: free some space, or choose another --output-dir",
     errno.EFBIG: "the file system or a limit (ulimit -f) refuses files of this size",
     errno.EROFS: "choose a writable --output-dir",
@@ -31,6 +32,8 @@ _REMEDIES = {
     errno.ENOTDIR: "a file is in the way: remove it, or choose another --output-dir or --name",
     errno.EEXIST: "a file is in the way: remove it, or choose another --output-dir or --name",
     errno.ENAMETOOLONG: "choose a shorter --output-dir or --name",
+    errno.ELOOP: "it is a symbolic link, and a run writes nothing outside its directory through "
+    "one: remove it",
     errno.EIO: "the disk reports an error, or a quota is used up: choose another --output-dir",
 }
 
@@ -51,10 +54,35 @@ def disk_errors(path: Path, kind: type[UserError] = ArtifactError) -> Iterator[N
             raise
         where = getattr(error, "filename", None)
         at = f" (at {where})" if where and str(where) != str(path) else ""
+        remedy = f"{room_remedy(path)}, or choose another --output-dir"
         raise kind(
-            f"{path}: cannot be written: {os.strerror(code)}{at}; {_REMEDIES[code]}. "
+            f"{path}: cannot be written: {os.strerror(code)}{at}; "
+            f"{remedy if code == errno.ENOSPC else _REMEDIES[code]}. "
             "What was there before is intact"
         ) from error
+
+
+def room_remedy(path: Path | str) -> str:
+    """What to do about "No space left on device", which says the same of bytes and of inodes."""
+    place = Path(path).absolute()
+    with contextlib.suppress(OSError):
+        existing = next(one for one in (place, *place.parents) if one.exists())
+        found = os.statvfs(existing)
+        if found.f_files and not found.f_favail and found.f_bavail:
+            return "its file system has room but no inodes left: remove some files, of any size"
+    return "free some space"
+
+
+def open_own(path: Path | str, mode: str) -> IO[Any]:
+    """`open(path, mode)` for a file that a run writes in its own directory: UTF-8 or unbuffered
+    bytes. Raises OSError (ELOOP) where it is a symbolic link, whose target is somebody else's."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    if "b" in mode:
+        return open(path, mode, buffering=0, opener=opener)
+    return open(path, mode, encoding="utf-8", newline="", opener=opener)
 
 
 def _code_in(message: str, path: Path) -> int | None:

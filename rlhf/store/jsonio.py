@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from rlhf.errors import RequirementError
-from rlhf.store.files import disk_errors, fsync_directory
+from rlhf.store.files import disk_errors, fsync_directory, open_own
 
 
 def jsonable(value: Any) -> Any:
@@ -73,7 +73,7 @@ def write_text_atomic(path: Path | str, text: str, mode: int | None = None) -> N
     with disk_errors(path, RequirementError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "w", encoding="utf-8", newline="") as stream:
+            with open_own(temporary, "w") as stream:
                 stream.write(text)
                 stream.flush()
                 if mode is not None:

@@ -34,6 +34,10 @@ class RunDir:
         """What was asked, versions, command lines."""
         return self.path / "pipeline.json"
 
+    def driver_log(self, role: str = "") -> Path:
+        """What the driver printed; one for each node that was started by hand (`role`)."""
+        return self.path / f"driver{'.' if role else ''}{role}.log"
+
     @property
     def report(self) -> Path:
         return self.path / "report.html"

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.errors import RequirementError
 from rlhf.store import jsonable
+from rlhf.store.files import open_own
 
 NAME = "metrics.jsonl"
 RESERVED = ("step", "time", "seconds")
@@ -32,7 +33,7 @@ class MetricsFile:
         self.path = step_dir / NAME
         try:
             step_dir.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self.path, "a+b", buffering=0)  # noqa: SIM115  closed in close()
+            self._stream = open_own(self.path, "a+b")  # closed in close()
             if keep_bytes is not None and keep_bytes < self.length:
                 self._stream.truncate(keep_bytes)
             _cut_partial_line(self._stream)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.schema import TrackConfig
+from rlhf.store.files import room_remedy
 from rlhf.track.forward import Forward, Place, TrackerWarning, require_packages, tracker_names
 from rlhf.track.metrics import MetricsFile
 
@@ -37,7 +38,7 @@ class Tracker:
                 self._warned = True
                 warnings.warn(
                     f"{self._file.path}: cannot be written ({error.strerror}): this step's "
-                    "metrics are lost; free some space. Training goes on",
+                    f"metrics are lost; {room_remedy(self._file.path)}. Training goes on",
                     TrackerWarning,
                     stacklevel=2,
                 )

@@ -16,7 +16,7 @@ from rlhf.config.schema import RunConfig
 from rlhf.engine.checkpoint import SafeCheckpointEngine, random_state, set_random_state
 from rlhf.errors import ArtifactError, ConfigError, Diverged, RequirementError
 from rlhf.harness import Stopped
-from rlhf.store import checkpoints
+from rlhf.store import checkpoints, verify
 from rlhf.track import read_metrics
 from tests.soak import digests, figures
 from tests.unit import model_help as help_
@@ -104,9 +104,17 @@ def test_it_ends_as_if_nothing_had_happened(
     run = step(number, settings, root / "run", tmp_path / "cut")
     assert digests(tmp_path / "cut" / folder) == digests(tmp_path / "whole" / folder)
     assert figures(tmp_path / "cut" / folder) == figures(tmp_path / "whole" / folder)
+    assert published(tmp_path / "cut" / folder) == published(tmp_path / "whole" / folder)
+    assert number == 3 or "loss_before" in published(tmp_path / "cut" / folder)
     assert not run.directory.resume(number).exists(), "a finished step keeps no checkpoints"
     seconds = [row["seconds"] for row in read_metrics(tmp_path / "cut" / folder / "metrics.jsonl")]
     assert seconds == sorted(seconds), "the clock goes on"
+
+
+def published(step_dir: Path) -> dict[str, Any]:
+    """The manifest's figures, those from before training too; but for those of a clock."""
+    metrics = verify(step_dir / "artifact").metrics
+    return {name: value for name, value in metrics.items() if name != "seconds_by_phase"}
 
 
 def rates(step_dir: Path) -> list[float]:
@@ -115,7 +123,8 @@ def rates(step_dir: Path) -> list[float]:
 
 
 def checkpointed(step_dir: Path) -> list[int]:
-    return sorted({row["step"] for row in read_metrics(step_dir / "metrics.jsonl")})
+    rows = read_metrics(step_dir / "metrics.jsonl")
+    return sorted({row["step"] for row in rows} - {0})  # 0: measured before training
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from rlhf.config.schema import DataConfig
 from rlhf.data.prepare import StageData, prepare
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+CASES = SHARED.parent / "cases" / "data"
 TEXTS = [
     "\n\nHuman: What is the capital of France?\n\nAssistant: It is Paris, of course.",
     "\n\nHuman: Which colour is the sky?\n\nAssistant: Blue. I am glad that you ask!",

@@ -22,20 +22,23 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 # file or folder -> what of ours it may import (itself always)
 MAY_IMPORT = {
-    "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact"),
+    "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact", "rlhf.home"),
     "launch": (
         "rlhf.config",
         "rlhf.store",
         "rlhf.plan",
         "rlhf.errors",
         "rlhf.redact",
+        "rlhf.secrets",
         "rlhf.lifeline",
         "rlhf.track.forward",  # which trackers there are; it imports nothing heavy
     ),
     "rlhf/errors.py": (),
-    "rlhf/redact.py": (),
+    "rlhf/secrets.py": (),
+    "rlhf/redact.py": ("rlhf.secrets",),
     "rlhf/lifeline.py": (),
     "rlhf/text.py": (),
+    "rlhf/home.py": ("rlhf.errors",),
     "rlhf/config": ("rlhf.errors", "rlhf.redact"),
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
     "rlhf/plan": ("rlhf.config", "rlhf.errors"),

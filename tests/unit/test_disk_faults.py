@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from launch.spec import PROJECT_ROOT
-from rlhf.harness import RankLog, Tee
+from rlhf.ranklog import RankLog, Tee
 from rlhf.store import read_manifest, verify
 from tests.unit.driver_help import write_scripts
 from tests.unit.test_driver_run import DRIVE
@@ -247,6 +247,26 @@ def test_a_quota(tmp_path: Path) -> None:
     assert "your disk quota is used up" in output
 
 
+@needs_mount
+def test_no_inodes_left(tmp_path: Path) -> None:
+    """The system's words are those of a full disk; ours are not."""
+    output = on_small_disk(
+        tmp_path,
+        """
+        from rlhf.store import write_text_atomic
+        from rlhf.errors import UserError
+        mount("size=4m,nr_inodes=20")
+        try:
+            for number in range(100):
+                write_text_atomic(place / str(number), "x")
+        except UserError as error:
+            print(error)
+        """,
+    )
+    assert "no inodes left: remove some files" in output
+    assert "free some space" not in output
+
+
 LIMIT = """
 import resource, signal, sys
 from pathlib import Path
@@ -339,13 +359,19 @@ def test_a_killed_driver_holds_no_lock(tmp_path: Path) -> None:
     assert "Traceback" not in told
 
     os.kill(step, signal.SIGSTOP)  # it will not listen: the guard has to kill it
+    environ = Path(f"/proc/{step}/environ").read_bytes().split(b"\0")
+    (guarding,) = (int(e.split(b"=")[1].split()[0]) for e in environ if e[:11] == b"RLHF_GUARD=")
+    os.kill(guarding, signal.SIGSTOP)  # not before the third start has met it
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=30)
     assert alive(step)
     third = start(tmp_path, FAKE="ok")
+    assert third.stdout is not None
+    lines = iter(third.stdout.readline, "")
+    assert any("waiting for the processes of a run that was killed" in line for line in lines)
+    os.kill(guarding, signal.SIGCONT)
     told, _ = third.communicate(timeout=90)
     assert third.returncode == 0, told
-    assert "waiting for the processes of a run that was killed" in told
     assert not alive(step)
     assert read_manifest(tmp_path / "output/tiny_cpu/step1_sft/artifact").step == 1
 

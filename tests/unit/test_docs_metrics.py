@@ -108,7 +108,7 @@ def logged(step: Any, run: Any, engine: FakeEngine, columns: dict[str, list[Any]
     recorder = Recorder()
     plans = [[[list(range(len(dataset)))]]]
     work = step.supervised(run, engine, rows, plans, PAD)
-    work.train(1, 0, {}, recorder, recorder, recorder)
+    work.train(1, {"step": 0, "evaluation": {}}, recorder, recorder, recorder)
     return recorder.names
 
 

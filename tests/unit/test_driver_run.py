@@ -81,8 +81,8 @@ def test_what_is_done_is_not_done_again(driver, tmp_path: Path) -> None:
     assert driver()[0] == 0
     run = RunDir(tmp_path / "output" / "tiny_cpu")
     before = read_manifest(run.artifact("sft")).id
-    code, out, _ = driver("launch.threads=2")
-    assert code == 0
+    code, out, err = driver("launch.threads=2")
+    assert code == 0, err
     assert out.count("already done") == 3
     assert "this is step" not in out
     code, out, _ = driver("--step", "2", "3", "step2.optim.learning_rate=0.5", "--force")
