@@ -176,6 +176,11 @@ def _unusable(
     found = f"step {stage.step} can use none of the first rows: {where}: {reason}"
     if not columns:
         return Problem("data.path", found, "mend the file", 3)
+    if absent:
+        found = f"{part.name} has no column {mapping[absent[0]]!r} (data.columns.{absent[0]})"
+        close = nearest(mapping[absent[0]], columns)
+        remedy = f"say which column it is: data.columns.{absent[0]}={(close or ['COLUMN'])[0]}"
+        return Problem("data.columns", f"{found}; the columns are {', '.join(columns)}", remedy, 2)
     found += f"; the columns are {', '.join(columns)}"
     missing = reason.split("'")[1] if reason.startswith("column '") else ""
     ours = next((key for key, column in mapping.items() if column == missing), missing)
@@ -184,7 +189,7 @@ def _unusable(
     if not ours or "is missing" not in reason:
         return Problem("data.columns", found, "map the columns with data.columns.NAME=COLUMN", 3)
     remedy = f"say which column it is: data.columns.{ours}={close[0] if close else 'COLUMN'}"
-    return Problem("data.columns", found, remedy, 2 if absent else 3)
+    return Problem("data.columns", found, remedy, 3)
 
 
 def _shown(sample: Sample) -> Iterator[str]:

