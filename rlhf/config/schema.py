@@ -48,7 +48,7 @@ class DataConfig(Section):
     hub_eval_split: str | None = doc("test", "Name of the held-out split on the hub, if any.")
     eval_fraction: Fraction = doc(
         0.05,
-        "Share of the prompts, with all their rows, held out where the data set brings no test split "
+        "Share of the prompts, with all their rows, held out where a data set brings no test split "
         "of its own. 0, without a test split: nothing is measured.",
     )
     max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
