@@ -9,10 +9,10 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from launch import failure, heartbeat, nodes, ranks
 from launch.gate import KINDS, STEP_NAMES
@@ -26,6 +26,8 @@ from rlhf.redact import HIDDEN_SETTINGS
 from rlhf.store import MANIFEST, Manifest, RunDir, verify
 from rlhf.store.checkpoints import newest
 from rlhf.store.files import disk_errors, open_own
+
+MEASURED = {1: "perplexity", 2: "accuracy"}
 
 
 class Interrupted(Exception):
@@ -143,12 +145,26 @@ def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str
     """One or two lines about a finished step."""
     text = (
         f"step {item.step} done: {STEP_NAMES[item.step]} artifact {manifest.id[:12]}, "
-        f"{outcome.seconds:.0f} s"
+        f"{outcome.seconds:.0f} s{_measured(item.step, manifest.metrics)}"
     )
     if outcome.code != 0:
         # The artifact was published and verifies; what died afterwards cost nothing.
         text += f"\nwarning: after publishing, {failure.ending(outcome.code)}; see {outcome.log}"
     return text
+
+
+def _measured(step: int, metrics: Mapping[str, Any]) -> str:
+    """A step's figure on held-out rows, after training and before; nothing if it has none."""
+    name = MEASURED.get(step, "")
+    if metrics.get("held_out", {}).get("rows") == 0:
+        return ", not measured (no held-out rows)"
+    if metrics.get(name) is None:
+        return ""
+    after, before = (
+        None if metrics.get(key) is None else f"{float(metrics[key]):.4g}"
+        for key in (name, f"{name}_before")
+    )
+    return f", held-out {name} {after}" + (f" (before training {before})" if before else "")
 
 
 @contextlib.contextmanager

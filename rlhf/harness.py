@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf import stall
 from rlhf.config import step_config
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ArtifactError, Diverged, RequirementError, UserError, at_its_end, with_notes
@@ -35,6 +36,11 @@ OOM_REMEDY = (
     "Out of memory. In this order: halve micro_batch_size (the result stays the same), turn on "
     "model.gradient_checkpointing, use dtype bfloat16, raise the ZeRO stage (--actor-zero-stage "
     "3), train adapters (model.lora.rank 16), engine.offload cpu, or shorter max_length."
+)
+STALL_REMEDY = (
+    "Look at the stacks in the ranks' logs (logs/rankK.log): a judge, a data source or a file "
+    "system that does not answer shows there. If it only needs longer, raise launch.stall_timeout. "
+    "The same command goes on from the last checkpoint"
 )
 
 
@@ -71,6 +77,7 @@ class StepRun:
     def phase(self, name: str) -> Iterator[None]:
         """Names what is going on, for the console, for error records and for timings."""
         self.phase_name, self.phase_began, self.can_save = name, time.perf_counter(), False
+        stall.mark()
         self.say(f"step {self.resolved.step}: {name}")
         yield
         self.phases = self.seconds_by_phase()
@@ -152,6 +159,10 @@ class StepRun:
         remove(self.directory.resume(self.resolved.step))
 
 
+class Stalled(Exception):
+    """The rank got nowhere for too long."""
+
+
 class Stopped(Exception):
     """The training loop has stopped for a signal, after a checkpoint."""
 
@@ -192,8 +203,12 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
     lifeline.start()
     with opened as log:
         faulthandler.enable(log.fileno())
+        watch = stall.StallWatch(
+            run.config.launch.stall_timeout, log.fileno(), lambda why: _give_up(failure, run, why)
+        )
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
         _quiet_libraries()
+        watch.start()
         try:
             with only_one(run), at_its_end(run.at_end):
                 main(run)
@@ -209,6 +224,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
             code = 1
             _record(failure, run, error, _remedy(error), code)
             traceback.print_exc()
+        watch.end()
         sys.stdout.flush()
         sys.stderr.flush()
     faulthandler.disable()
@@ -315,6 +331,15 @@ def _record(path: Path, run: StepRun, error: Exception, remedy: str, code: int) 
         write_json_atomic(path, redact_tree(record))
     except RequirementError as unwritten:  # the disk is full: the console is what is left
         print(f"error: {unwritten}", file=sys.stderr, flush=True)
+
+
+def _give_up(path: Path, run: StepRun, why: str) -> None:
+    """Called in a thread while the main one hangs."""
+    error = Stalled(f"rank {run.rank} in {run.phase_name}: {why}")
+    _record(path, run, error, STALL_REMEDY, 1)
+    with contextlib.suppress(Exception):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _remedy(error: Exception) -> str:

@@ -66,6 +66,7 @@ class Lifeline:
         self.beat = logs / BEAT_FILE
         self.alive = logs / f"rank{rank}.alive"
         self.done = logs / f"rank{rank}.done.json"
+        self.failure = logs / f"rank{rank}.failure.json"
         self.rank = rank
         self.timeout = float(environ.get(HEARTBEAT, "0"))
         self.guard = environ.get(GUARD, "")
@@ -128,13 +129,24 @@ class Lifeline:
     def _judge(self) -> None:
         while not self._ending.wait(INTERVAL_SECONDS):
             if time.monotonic() - self._checked > self.timeout:
-                self._leave(f"no sign of life of the driver for {self.timeout:g} s ({self.beat})")
+                self._leave(
+                    f"no sign of life of the driver for {self.timeout:g} s ({self.beat})",
+                    "the driver was stopped (Ctrl-Z, SIGSTOP), its machine suspended, or the file "
+                    "system that holds the run did not answer; the same command goes on from the "
+                    "last checkpoint. launch.heartbeat_timeout says how long ranks wait",
+                )
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, why: str, remedy: str = "") -> None:
         if self._ending.is_set():
             return
         with contextlib.suppress(Exception):
             print(f"rank {self.rank}: {why}: it ends too", file=sys.stderr, flush=True)
+        if remedy:
+            record = {"rank": self.rank, "host": socket.gethostname(), "time": time.time()}
+            record |= {"phase": "", "type": "LostDriver", "message": f"{why}: the rank ended too"}
+            record |= {"remedy": remedy, "traceback": "", "exit_code": 1}
+            with contextlib.suppress(OSError):
+                write(self.failure, record)
         self._sign(ended=True)
         os._exit(EXIT_WITHOUT_DRIVER)
 

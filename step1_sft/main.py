@@ -24,7 +24,7 @@ def main(run: StepRun) -> None:
     run.rank, world = comm.init_distributed()
     torch.manual_seed(run.config.seed)
 
-    with run.phase("load the base model"):
+    with run.phase("read the data"):
         with comm.rank_zero_first():
             base = models.materialise(
                 settings.model.name or "tiny:llama",
@@ -33,6 +33,9 @@ def main(run: StepRun) -> None:
                 seed=run.config.seed,
             )
         tokenizer = models.load_tokenizer(base, template=run.config.data.template)
+        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
+
+    with run.phase("load the base model"):
         dtype = models.choose_dtype(settings.model.dtype)
         model = models.load_causal(
             base,
@@ -45,9 +48,6 @@ def main(run: StepRun) -> None:
         )
         models.check_positions(model, settings.max_length)
         run.say(models.describe(model, dtype))
-
-    with run.phase("read the data"):
-        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):
         plans = _plans(run, rows["train"].dataset, world)

@@ -24,8 +24,11 @@ def main(run: StepRun) -> None:
     run.rank, world = comm.init_distributed()
     torch.manual_seed(run.config.seed)
 
-    with run.phase("load the model to start from"):
+    with run.phase("read the data"):
         base, tokenizer = _base(run)
+        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
+
+    with run.phase("load the model to start from"):
         dtype = models.choose_dtype(settings.model.dtype)
         model = models.load_scalar(
             base,
@@ -40,9 +43,6 @@ def main(run: StepRun) -> None:
         )
         models.check_positions(model, settings.max_length or 0)
         run.say(models.describe(model, dtype))
-
-    with run.phase("read the data"):
-        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("train"):
         plans = _plans(run, rows["train"].dataset, world)
@@ -116,6 +116,7 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
             seed=run.config.seed,
             max_prompt_length=settings.max_prompt_length,
             max_length=settings.max_length,
+            margins=settings.margin == "column",
             split=split,
         )
     for line in rows.lines(split):

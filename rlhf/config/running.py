@@ -68,6 +68,12 @@ class LaunchConfig(Section):
     collective_timeout: Positive = doc(
         1800, "Seconds after which a collective operation that others do not join is an error."
     )
+    stall_timeout: float = doc(
+        3600.0,
+        "Seconds without any progress (a forward pass, a token, rows read) after which a rank "
+        "writes its stacks into its log and ends; the step can be resumed. 0: it waits for ever.",
+        ge=0,
+    )
     heartbeat_timeout: Positive = doc(
         60,
         "multi_node: seconds without a sign of life after which ranks end without their driver, "

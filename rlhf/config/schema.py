@@ -11,12 +11,13 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
+from rlhf.config.rows import RowsConfig
 from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class DataConfig(Section):
+class DataConfig(RowsConfig):
     path: list[str] = doc(
         ["sample:courtesy"],
         "Data sets: `sample:courtesy` (ships with the project), files or directories "
@@ -25,8 +26,9 @@ class DataConfig(Section):
     )
     columns: dict[str, str] = doc(
         {},
-        "Our column -> the data set's column, for `prompt`, `response`, `chosen`, `rejected`, "
-        "`messages`, `margin`. Columns with our names need no entry.",
+        "What a column is -> its name in the data: `prompt`, `response`, `chosen`, `rejected`, "
+        "`messages`, `margin`, `input`, `system`, `tools`, `first`, `second`, `label`, `answers`, "
+        "`scores`, `ranks`. The usual names are found without it (docs/data.md).",
     )
     prompt_format: str | None = doc(
         None,

@@ -11,11 +11,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from rlhf import stall
 from rlhf.config.schema import DataConfig
 from rlhf.data import cache
 from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
 from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
+from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
 from rlhf.data.sources.base import NoPreference, sha256
 from rlhf.data.split import Assignment, Keys, assign, draw
@@ -76,6 +78,7 @@ class _Request:
     seed: int
     limits: Limits
     response_column: str
+    margins: bool
     split: Split
 
 
@@ -93,15 +96,17 @@ def prepare(
     max_prompt_length: int,
     max_length: int | None,
     response_column: str = "auto",
+    margins: bool = False,
     split: Split = "train",
 ) -> StageData:
     """Read, split and tokenise the rows of one step, or take them from the cache.
 
     The tokenizer must have an eos token; it is not changed. Rows come in an order that depends on
-    their content and the seed only. `split="eval"` gives the held-out rows, the same for all steps.
-    There are none if that was asked for (data.eval_fraction is 0, and no data set brings a test
-    split), or if none has the answers that the step reads. Raises DataError (unreadable, too many
-    bad rows, no row left) and ConfigError (formats, columns, template).
+    their content and the seed only. `margins`: step 2 needs each row's. `split="eval"` gives the
+    held-out rows, the same for all steps. There are none if that was asked for (data.eval_fraction
+    is 0, and no data set brings a test split), or if none has the answers that the step reads.
+    Raises DataError (unreadable, not understood, too many bad rows, no row left) and ConfigError
+    (formats, columns, template).
     """
     if max_length is not None and max_length <= max_prompt_length:
         raise ConfigError(
@@ -109,7 +114,7 @@ def prepare(
             "answers need room"
         )
     limits = Limits(max_prompt_length, max_length if step != 3 else None, data.long_prompts)
-    request = _Request(data, step, seed, limits, response_column, split)
+    request = _Request(data, step, seed, limits, response_column, margins, split)
     encoder = Encoder(tokenizer, data.template)
     sets = open_data_sets(data)
     root = cache.data_root(data.cache_dir)
@@ -145,6 +150,7 @@ def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[Dat
         "seed": request.seed,
         "limits": [request.limits.prompt, request.limits.total],
         "response_column": request.response_column,
+        "margins": request.margins,
         "split": request.split,
     }
     return sha256(json.dumps(settings, sort_keys=True))
@@ -161,12 +167,13 @@ def _build(
     report = DataReport()
     maker = SampleMaker(
         request.data,
-        lambda messages, generate: render(
-            tokenizer, encoder.template, messages, generate=generate
+        lambda messages, generate, tools=None: render(
+            tokenizer, encoder.template, messages, generate=generate, tools=tools
         ).removeprefix(encoder.bos),
+        encoder.template,
     )
-    samples, keys = _read(sets, maker, report)
     data = request.data
+    samples, keys = _read(data, sets, maker, report)
     assigned = assign(keys, data.split, data.eval_fraction, request.seed)
     selected = _select(request, samples, assigned, report)
     used = _usable(selected, request, report)
@@ -188,36 +195,47 @@ def _build(
 
 
 def _read(
-    sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
+    data: DataConfig, sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
 ) -> tuple[list[_Found], list[Keys]]:
     """All usable rows, and per data set the keys of its parts' rows."""
     rows: list[_Found] = []
     keys: list[Keys] = []
     seen: set[str] = set()
     for one in sets:
+        readers = {}
+        for shape, parts in shapes_of(one, data):
+            readers.update(dict.fromkeys((part.name for part in parts), Reader(shape, data)))
         by_role: tuple[dict[str, str], dict[str, str]] = ({}, {})
         for part in sorted(one.parts, key=lambda part: part.fingerprint):
-            for sample in _samples(part, maker, report):
+            for sample in _samples(part, readers[part.name], maker, report):
                 if sample.key in seen:
                     report.add_duplicate(sample.where)
                 seen.add(sample.key)
                 by_role[part.held_out][sample.key] = sample.prompt_key
                 rows.append(_Found(sample, part.held_out))
+        for reader in dict.fromkeys(readers.values()):
+            report.shapes += [*reader.finish(), *maker.notes(reader.shape)]
         keys.append(Keys(by_role[False], by_role[True], brings_held_out(one)))
     return rows, keys
 
 
-def _samples(part: Part, maker: SampleMaker, report: DataReport) -> Iterator[Sample]:
+def _samples(
+    part: Part, reader: Reader, maker: SampleMaker, report: DataReport
+) -> Iterator[Sample]:
     for where, row in part.rows():
         report.read += 1
+        stall.mark()
         try:
             if isinstance(row, BadRow):
                 raise row
-            yield maker(row, where)
+            samples = [maker(one, where) for one in reader(row)]
         except NoPreference as reason:
             report.add_dropped(str(reason), where)
         except BadRow as reason:
             report.add_bad(str(reason), where)
+        else:
+            report.extra += len(samples) - 1
+            yield from samples
 
 
 def _select(
@@ -259,13 +277,16 @@ def _usable(
         texts = [getattr(sample, name) for name in names]
         columns = [request.data.columns.get(name, name) for name in names]
         lacking = [c for c, text in zip(columns, texts, strict=True) if text is None]
+        margin = request.data.columns.get("margin", "margin")
         empty = [c for c, t in zip(columns, texts, strict=True) if t is not None and not t.strip()]
         if lacking and request.split == "eval":
             report.add_dropped(f"held-out row without {lacking[0]!r}", sample.where)
         elif lacking:
-            report.add_bad(f"column {lacking[0]!r} is missing", sample.where)
+            report.add_bad(sample.lacks or f"column {lacking[0]!r} is missing", sample.where)
         elif empty:
-            report.add_bad(f"column {empty[0]!r} is empty", sample.where)
+            report.add_bad(f"column {empty[0]!r} is empty, so the row is left out", sample.where)
+        elif request.margins and sample.margin is None:
+            report.add_bad(f"column {margin!r} is missing or not a number", sample.where)
         elif len(texts) == 2 and texts[0] == texts[1]:
             report.add_bad("chosen equals rejected", sample.where)
         else:

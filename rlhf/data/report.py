@@ -15,7 +15,8 @@ _PLACES = 5
 class DataReport:
     """Counts of one `prepare`.
 
-    Every row read is in exactly one of: bad, elsewhere, dropped, kept.
+    Every row read, and every pair beyond the first that a row gave (`extra`), is in exactly one of:
+    bad, elsewhere, dropped, kept. `shapes`: what each data set was read as.
     `bad`: reason -> (count, first places). `dropped`: reason -> count. `truncated`: what was cut
     (`prompt`, `answer`; a pair has two answers) -> count, among the kept rows. `duplicates`: rows
     whose content was read before; they are kept. `elsewhere`: rows of other steps or splits.
@@ -26,6 +27,8 @@ class DataReport:
     kept: int = 0
     elsewhere: int = 0
     duplicates: int = 0
+    extra: int = 0
+    shapes: list[str] = field(default_factory=list)
     bad: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
@@ -69,9 +72,13 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """For printing: a summary and one line per peculiarity."""
+        more_pairs = (
+            f" (and {self.extra} pairs more, from several answers a row)" if self.extra else ""
+        )
         lines = [
-            f"{self.read} rows read: {self.kept} kept, {self.elsewhere} belong to other steps or "
-            f"splits, {self.dropped.total()} dropped, {self.bad_rows} bad"
+            *self.shapes,
+            f"{self.read} rows read{more_pairs}: {self.kept} kept, {self.elsewhere} belong to "
+            f"other steps or splits, {self.dropped.total()} dropped, {self.bad_rows} bad",
         ]
         for reason, (count, places) in sorted(self.bad.items()):
             more = ", ..." if count > len(places) else ""
@@ -86,7 +93,7 @@ class DataReport:
     def check(self, max_bad_rows: int) -> None:
         """Raise DataError if more rows are bad than allowed."""
         if self.bad_rows > max_bad_rows:
-            details = "\n  ".join(self.lines()[1:])
+            details = "\n  ".join(line for line in self.lines() if " rows read" not in line)
             raise DataError(
                 f"{self.bad_rows} of {self.read} rows cannot be used; data.max_bad_rows allows "
                 f"{max_bad_rows}. Mend them, map the columns (data.columns), or raise the limit:"

@@ -1,37 +1,42 @@
-"""One row as plain text, the same for every step: `Sample`, and the rules that make it.
+"""One example as plain text, the same for every step: `Sample`, and the rules that make it.
 
-The rules are trl's dataset formats (https://huggingface.co/docs/trl/dataset_formats): explicit and
-implicit prompts, plain and conversational rows.
+What a row's columns mean is found before (`rlhf.data.shapes`); here conversations are rendered.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 
 from rlhf.config.schema import DataConfig
-from rlhf.data.sources.base import BadRow, Row, sha256
+from rlhf.data import placeholders
+from rlhf.data.shapes import ANSWERS, Example, Shape
+from rlhf.data.shapes.table import number
+from rlhf.data.shapes.turns import extras
+from rlhf.data.sources.base import BadRow, sha256
 from rlhf.data.split import prompt_key
 from rlhf.data.templates import Messages
 from rlhf.errors import ConfigError
 
-ANSWERS = ("response", "chosen", "rejected")
-_COLUMNS = ("prompt", *ANSWERS, "messages", "margin")
-_TURN = "\n\nAssistant:"
-Render = Callable[[Messages, bool], str]
+__all__ = ["ANSWERS", "Render", "Sample", "SampleMaker", "need_template"]
+
+
+class Render(Protocol):
+    """The chat template: turns to text; `generate` ends it where the assistant's answer begins."""
+
+    def __call__(self, messages: Messages, generate: bool, tools: Any = None, /) -> str: ...
 
 
 @dataclass(frozen=True)
 class Sample:
     """A prompt and the answers the row has for it. `where` is the row's place. `key` hashes its
     content, `prompt_key` its prompt (`rlhf.data.split.prompt_key`), both before rendering (so that
-    no template, tokenizer or step changes them)."""
+    no template, tokenizer or step changes them). `lacks`: why an answer is not there, where that is
+    known."""
 
     prompt: str
     response: str | None
@@ -41,153 +46,127 @@ class Sample:
     where: str
     key: str = ""
     prompt_key: str = ""
+    lacks: str | None = None
 
 
 class SampleMaker:
-    """Rows to samples by the column mapping, the formats and the template of a DataConfig.
+    """Examples to samples by the formats of a DataConfig and the template.
 
-    `render(messages, generate)` is the template. Raises ConfigError: malformed format, unknown
-    name in data.columns.
+    `template` is the text of the template that `render` applies. Raises ConfigError: malformed
+    format.
     """
 
-    def __init__(self, data: DataConfig, render: Render) -> None:
-        unknown = sorted(set(data.columns) - set(_COLUMNS))
-        if unknown:
-            raise ConfigError(
-                f"data.columns: {', '.join(unknown)} unknown; ours are {', '.join(_COLUMNS)}"
-            )
-        self._columns = {name: data.columns.get(name, name) for name in _COLUMNS}
+    def __init__(self, data: DataConfig, render: Render, template: str) -> None:
         self._render = render
-        self._prompt_format = data.prompt_format and _parse(data.prompt_format, "prompt_format")
-        self._response_format = _parse(data.response_format, "response_format")
-        if [field for _, field in self._response_format if field] != ["text"]:
+        self._template = template
+        self._response_format = placeholders.parse(data.response_format, "response_format")
+        if placeholders.fields(self._response_format) != ["text"]:
             raise ConfigError(
                 f"data.response_format {data.response_format!r}: needs {{text}}, once, and no "
                 "other name"
             )
 
-    def __call__(self, row: Row, where: str) -> Sample:
-        """Make a sample. Raises BadRow with the reason; which answers are needed is not asked."""
-        values = {name: row.get(column) for name, column in self._columns.items()}
-        if self._prompt_format:
-            values["prompt"] = _fill(self._prompt_format, row)
-        margin = self._margin(values.pop("margin"))
-        key = _content_key([values, margin])
-        asked, prompt, answers = self._texts(values)
+    def __call__(self, example: Example, where: str) -> Sample:
+        """Make a sample. Raises BadRow with the reason, and ConfigError where the template cannot
+        say what the conversation says; which answers are needed is not asked."""
+        margin = _number(example.margin)
+        key = _content_key(example, margin)
+        prompt, answers = self._texts(example)
         if not prompt.strip():
-            raise BadRow(f"column {self._columns['prompt']!r} is empty")
+            raise BadRow("the prompt is empty")
         for text in (prompt, *answers.values()):
             _check_text(text or "")
-        wrapped = {name: answers.get(name) for name in ANSWERS}
         return Sample(
-            prompt=prompt, margin=margin, where=where, key=key, prompt_key=asked, **wrapped
+            prompt=prompt,
+            margin=margin,
+            where=where,
+            key=key,
+            prompt_key=prompt_key(example.prompt),
+            lacks=example.lacks,
+            **{name: answers.get(name) for name in ANSWERS},
         )
 
-    def _margin(self, value: Any) -> float | None:
-        if value is None:
-            return None
-        try:
-            margin = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            margin = math.nan
-        if not math.isfinite(margin):
-            raise BadRow(f"column {self._columns['margin']!r} is not a number")
-        return margin
+    def notes(self, shape: Shape) -> list[str]:
+        """What the template leaves out of such rows. Raises ConfigError: tools, tool calls."""
+        return need_template(self._template, shape.extras)
 
-    def _texts(self, values: dict[str, Any]) -> tuple[str, str, dict[str, str | None]]:
-        """The prompt's key, the prompt and the answers as text."""
-        prompt, answers = values["prompt"], {name: values[name] for name in ANSWERS}
-        if prompt is None and values["messages"] is not None:
-            turns = self._messages(values["messages"], "messages")
-            prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-            if len(prompt) < len(turns):
-                answers["response"] = turns[-1:]
-        if prompt is None and answers["chosen"] is not None and answers["rejected"] is not None:
-            prompt, answers = self._implicit(answers)
-        if prompt is None:
-            raise BadRow(f"column {self._columns['prompt']!r} is missing")
-        if isinstance(prompt, list):
-            turns = self._messages(prompt, "prompt")
-            return prompt_key(turns), *self._conversation(turns, answers)
+    def _texts(self, example: Example) -> tuple[str, dict[str, str]]:
+        prompt = example.prompt
         if not isinstance(prompt, str):
-            raise self._wrong_type("prompt", prompt)
-        plain = {name: self._plain(name, value) for name, value in answers.items()}
-        return prompt_key(prompt), prompt, plain
-
-    def _plain(self, name: str, value: Any) -> str | None:
-        if value is None or value == "":
-            return value
-        if not isinstance(value, str):
-            raise self._wrong_type(name, value)
-        return _fill(self._response_format, {"text": value})
+            return self._conversation(prompt, example.answers, example.tools)
+        texts = {name: text for name, text in example.answers.items() if isinstance(text, str)}
+        return prompt, {
+            name: placeholders.fill(self._response_format, {"text": text}) if text else text
+            for name, text in texts.items()
+        }
 
     def _conversation(
-        self, prompt: Messages, answers: dict[str, Any]
-    ) -> tuple[str, dict[str, str | None]]:
+        self, prompt: Messages, answers: Mapping[str, str | Messages], tools: list[Any] | None
+    ) -> tuple[str, dict[str, str]]:
         """Rendered prompt, and of each answer what the template adds to it."""
         try:
-            text = self._render(prompt, True)
-            found: dict[str, str | None] = {}
+            need_template(self._template, extras(prompt) | ({"tools"} if tools else set()))
+            text = self._render(prompt, True, tools)
+            _check_all_said(prompt, text)
+            found: dict[str, str] = {}
             for name, value in answers.items():
-                if isinstance(value, list):
-                    whole = self._render([*prompt, *self._messages(value, name)], False)
-                    if not whole.startswith(text):
-                        raise BadRow("the template renders the prompt differently with an answer")
-                    found[name] = whole[len(text) :]
-                else:
-                    found[name] = self._plain(name, value)
+                if isinstance(value, str):  # an empty answer
+                    found[name] = value
+                    continue
+                need_template(self._template, extras(value))
+                whole = self._render([*prompt, *value], False, tools)
+                if not whole.startswith(text):
+                    raise BadRow("the template renders the prompt differently with an answer")
+                found[name] = whole[len(text) :]
         except jinja2.TemplateError as error:
             raise BadRow(f"refused by the template: {error}") from error
         return text, found
 
-    def _implicit(self, answers: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The prompt is what chosen and rejected begin with; both keep what follows."""
-        chosen, rejected = answers["chosen"], answers["rejected"]
-        if isinstance(chosen, list) and isinstance(rejected, list):
-            size = _alike(chosen, rejected)
-        elif isinstance(chosen, str) and isinstance(rejected, str):
-            size = _prompt_size(chosen[: _alike(chosen, rejected)])
-        else:
-            raise BadRow("chosen and rejected are not of one type")
-        if size == 0:
-            raise BadRow("no prompt, and chosen and rejected do not begin alike")
-        rest = {"chosen": chosen[size:], "rejected": rejected[size:]}
-        return chosen[:size], {**answers, **rest}
 
-    def _messages(self, value: Any, name: str) -> Messages:
-        if not isinstance(value, list) or not value:
-            raise self._wrong_type(name, value)
-        for message in value:
-            if not isinstance(message, dict) or not all(
-                isinstance(message.get(part), str) for part in ("role", "content")
-            ):
-                raise BadRow(f"column {self._columns[name]!r}: a message lacks role or content")
-        return [{"role": one["role"], "content": one["content"]} for one in value]
+def need_template(template: str, needs: set[str] | frozenset[str]) -> list[str]:
+    """Whether a template's text speaks of what conversations have; notes on what it leaves out.
 
-    def _wrong_type(self, name: str, value: Any) -> BadRow:
-        kind = "an empty list" if value == [] else type(value).__name__
-        return BadRow(f"column {self._columns[name]!r} is {kind}, not text")
+    needs: as `Shape.extras`. Raises ConfigError for tools and tool calls that it does not know:
+    without them the conversation means something else.
+    """
+    for name in ("tool_calls", "tools"):
+        if name in needs and name not in template:
+            without = ": data.ignore_columns=[tools]" if name == "tools" else ""
+            raise ConfigError(
+                f"the conversations have {name}, which the chat template does not know: it would "
+                "leave them out. Use a template that does (data.template=model, if the model's own "
+                f"is one), or make the data without them{without}"
+            )
+    if "reasoning_content" in needs and "reasoning_content" not in template:
+        return ["reasoning_content of the messages is not used: the chat template does not know it"]
+    return []
 
 
-def _alike(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items (characters, messages) two sequences have in common at their beginning."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+def _check_all_said(messages: Messages, text: str) -> None:
+    """A template without a branch for a role would leave the message out in silence."""
+    for one in messages:
+        if one["role"] in ("system", "user", "tool") and one["content"].strip() not in text:
+            if one["role"] == "tool" and json.dumps(one["content"])[1:-1] in text:
+                continue
+            raise BadRow(f"the template leaves out a message of role {one['role']!r}")
 
 
-def _prompt_size(common: str) -> int:
-    """Length of the prompt in the common beginning of two dialogues: up to the last assistant turn
-    (Anthropic/hh-rlhf), else up to the last space, so that no word is cut."""
-    turn = common.rfind(_TURN)
-    if turn >= 0:
-        return turn + len(_TURN)
-    cut = max(common.rfind(" "), common.rfind("\n"))
-    return max(cut, 0)
-
-
-def _content_key(content: Any) -> str:
+def _number(value: Any) -> float | None:
+    """A finite number, from text too; None: there is none."""
     try:
-        return sha256(json.dumps(content, sort_keys=True, default=str))
+        return number(value, "margin")
+    except BadRow:
+        return None
+
+
+def _content_key(example: Example, margin: float | None) -> str:
+    """Hash of what the row says; of plain rows the same as ever, as the split follows it."""
+    content = {"prompt": example.prompt, "messages": None, **dict.fromkeys(ANSWERS)}
+    content.update(example.answers)
+    if example.tools:
+        content["tools"] = example.tools
+    try:
+        return sha256(json.dumps([content, margin], sort_keys=True, default=str))
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
 
@@ -199,30 +178,3 @@ def _check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow("not UTF-8") from error
-
-
-def _parse(text: str, setting: str) -> list[tuple[str, str | None]]:
-    """(literal, field) pairs of a format text; only plain `{name}` fields are allowed."""
-    try:
-        parsed = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise ConfigError(f"data.{setting} {text!r}: {error}; write braces as {{{{ }}}}") from error
-    for _, field, spec, conversion in parsed:
-        if field == "" or spec or conversion:
-            raise ConfigError(f"data.{setting} {text!r}: fields are column names, {{name}}")
-    return [(literal, field) for literal, field, _, _ in parsed]
-
-
-def _fill(parsed: list[tuple[str, str | None]], row: Row) -> str:
-    out = []
-    for literal, field in parsed:
-        out.append(literal)
-        if field is None:
-            continue
-        value = row.get(field)
-        if value is None:
-            raise BadRow(f"column {field!r} is missing")
-        if not isinstance(value, str):
-            raise BadRow(f"column {field!r} is {type(value).__name__}, not text")
-        out.append(value)
-    return "".join(out)

@@ -12,13 +12,13 @@ import jinja2
 
 from rlhf.errors import ConfigError
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 _HUMAN_ASSISTANT = """\
 {%- for message in messages %}
 {%- if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}
 {%- elif message['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + message['content'] }}
-{%- elif message['role'] == 'system' %}{{ message['content'] }}
+{%- elif message['role'] == 'system' %}{{ ('' if loop.first else '\\n\\n') + message['content'] }}
 {%- else %}{{ raise_exception('roles are system, user and assistant') }}
 {%- endif %}
 {%- endfor %}
@@ -86,14 +86,20 @@ def apply_template(tokenizer: Any, name: str) -> None:
     tokenizer.chat_template = text
 
 
-def render(tokenizer: Any, text: str, messages: Messages, *, generate: bool) -> str:
+def render(
+    tokenizer: Any, text: str, messages: Messages, *, generate: bool, tools: Any = None
+) -> str:
     """Messages as text; `generate` ends it where the assistant's answer begins.
 
     Raises jinja2.TemplateError when the template refuses the messages.
     """
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=text, tokenize=False, add_generation_prompt=generate
+            messages,
+            chat_template=text,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generate,
         )
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         # What an expression in the template raises is the template's fault, too.

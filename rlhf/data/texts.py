@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from rlhf.config.schema import DataConfig
+from rlhf.data.shapes import ANSWERS, Reader, shapes_of
 from rlhf.data.sources import BadRow, open_data_sets
-
-_COLUMNS = ("prompt", "response", "chosen", "rejected", "messages")
+from rlhf.data.templates import Messages
 
 
 def texts(data: DataConfig) -> Iterator[str]:
-    """Every text in the columns that the steps read, in the order of the rows."""
-    columns = [data.columns.get(name, name) for name in _COLUMNS]
+    """Every prompt and answer that the steps read, in the order of the rows."""
     for one in open_data_sets(data):
+        readers = {
+            part.name: Reader(shape, data)
+            for shape, parts in shapes_of(one, data)
+            for part in parts
+        }
         for part in one.parts:
+            reader = readers[part.name]
             for _, row in part.rows():
                 if isinstance(row, BadRow):
                     continue
-                for column in columns:
-                    yield from _strings(row.get(column))
+                try:
+                    examples = reader(row)
+                except BadRow:
+                    continue
+                for example in examples:
+                    yield from _strings(example.prompt)
+                    for name in ANSWERS:
+                        yield from _strings(example.answers.get(name))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: str | Messages | None) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item.get("content") if isinstance(item, dict) else item)
+    else:
+        yield from (turn["content"] for turn in value or ())

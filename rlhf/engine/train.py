@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 
+from rlhf import stall
 from rlhf.config.schema import EngineConfig, OptimConfig
 from rlhf.engine import comm
 from rlhf.engine.config import deepspeed_config
@@ -72,6 +73,7 @@ class TrainEngine:
         self.deepspeed.train()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stall.mark()
         return self.deepspeed(*args, **kwargs)
 
     @property
@@ -107,6 +109,9 @@ class TrainEngine:
                 yield
         finally:
             self.deepspeed.train(was_training)
+        # At ZeRO-3: a forward fetches ahead what a backward pass would read, and who saves the
+        # model next cannot shard a weight that is still on its way.
+        self.deepspeed.empty_partition_cache()
 
     def step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> float:
         """One optimiser step.
@@ -171,4 +176,5 @@ class FrozenEngine:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stall.mark()
         return self.deepspeed(*args, **kwargs)

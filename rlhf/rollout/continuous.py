@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 from torch import Tensor
 
+from rlhf import stall
 from rlhf.errors import UserError
 from rlhf.rollout.base import Rollouts
 from rlhf.rollout.forward import Forward, ModuleForward, forward_of
@@ -122,6 +123,7 @@ class _Run:
 
     def turn(self, forward: Forward) -> bool:
         """One forward; False when there is nothing left to do, on any rank if in lockstep."""
+        stall.mark()
         busy = self.live > 0 or len(self.waiting) > 0
         if self.owner.lockstep and not _any_rank(busy, self.state.device):
             return False

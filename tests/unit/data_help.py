@@ -153,6 +153,7 @@ def run(path: Any, tokenizer: Any, cache: Path, step: int = 2, **settings: Any) 
             "max_prompt_length": 200,
             "max_length": 300,
             "response_column": "auto",
+            "margins": False,
             "part": "train",
         }.items()
     }

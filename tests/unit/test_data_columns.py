@@ -8,25 +8,19 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema import DataConfig
-from rlhf.data.sample import Sample, SampleMaker
+from rlhf.data.sample import Sample
+from rlhf.data.shapes import Reader, detect
 from rlhf.data.sources.base import BadRow
-from rlhf.data.templates import render, template_text
 from rlhf.errors import ConfigError
 from tests.unit.data_help import SHARED, gpt2_like, needs_shared, run, smollm_like
-
-H, A = "\n\nHuman:", "\n\nAssistant:"
+from tests.unit.shapes_help import A, H, sample_maker, turn
 
 
 def make(row: dict[str, Any], tokenizer: Any = None, **settings: Any) -> Sample:
-    tokenizer = tokenizer or gpt2_like()
+    """The row's sample, by its columns alone."""
     data = DataConfig(**settings)
-    text = template_text(tokenizer, data.template)
-    maker = SampleMaker(data, lambda turns, gen: render(tokenizer, text, turns, generate=gen))
-    return maker(row, "here:1")
-
-
-def turn(content: str, role: str = "assistant") -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
+    (example,) = Reader(detect(list(row), [], data), data)(row)
+    return sample_maker(data, tokenizer)(example, "here:1")
 
 
 def test_rm_static() -> None:
@@ -41,10 +35,10 @@ def test_mapping() -> None:
     """C12: other names by data.columns; a name that is not ours is refused."""
     sample = make({"q": "p", "good": "c"}, columns={"prompt": "q", "chosen": "good"})
     assert (sample.prompt, sample.chosen, sample.rejected) == ("p", "c", None)
-    with pytest.raises(BadRow, match="column 'q' is missing"):
-        make({"prompt": "p"}, columns={"prompt": "q"})
+    with pytest.raises(ConfigError, match=r"prompt=promt: .* no column 'promt'; .* 'prompt'\?"):
+        make({"prompt": "p"}, columns={"prompt": "promt"})
     with pytest.raises(ConfigError, match="promt unknown"):
-        make({}, columns={"promt": "q"})
+        make({"q": "p"}, columns={"promt": "q"})
 
 
 def test_formats() -> None:
@@ -56,13 +50,13 @@ def test_formats() -> None:
     assert sample.prompt == f"{H} Add {{x}}\n{{1}}{A}"
     assert sample.chosen == " {text}"
     with pytest.raises(BadRow, match="column 'input' is missing"):
-        make({"instruction": "a"}, prompt_format="{instruction}{input}")
-    for bad in ("{", "{}", "{a!r}", "{a:>4}"):
+        make({"instruction": "a", "input": None}, prompt_format="{instruction}{input}")
+    for bad in ("{", "{}", "{a!r}", "{a:>4}", "no column", "{b}"):
         with pytest.raises(ConfigError, match="prompt_format"):
-            make({}, prompt_format=bad)
+            make({"a": "x"}, prompt_format=bad)
     for bad in ("text", "{other}", "{text}{text}"):
         with pytest.raises(ConfigError, match="response_format"):
-            make({}, response_format=bad)
+            make({"prompt": "x"}, response_format=bad)
 
 
 @pytest.mark.parametrize(
@@ -115,11 +109,14 @@ def test_conversation_in_chatml() -> None:
     ("row", "reason"),
     [
         ({"prompt": []}, "is an empty list"),
-        ({"prompt": ["q"]}, "lacks role or content"),
-        ({"prompt": [{"role": "user", "content": None}]}, "lacks role or content"),
+        ({"prompt": ["q"]}, "a message is str"),
+        ({"prompt": [{"role": "user", "content": None}]}, "lacks content"),
+        ({"prompt": [{"content": "q"}]}, "lacks role"),
         ({"prompt": turn("q", "tool")}, "refused by the template"),
         ({"messages": "text"}, "column 'messages' is str"),
-        ({"prompt": "text", "chosen": turn("a")}, "column 'chosen' is list, not text"),
+        ({"messages": turn("a")}, "an answer without a prompt"),
+        ({"prompt": turn("q", "user"), "chosen": turn("a", "user")}, "does not end with the assis"),
+        ({"prompt": "text", "chosen": [1]}, "column 'chosen' is list, not text"),
     ],
 )
 def test_bad_conversations(row: dict[str, Any], reason: str) -> None:
@@ -135,6 +132,22 @@ def test_key_follows_content() -> None:
     assert len(keys) == 1
     assert make({**row, "unused": 1}).key in keys
     assert make({**row, "margin": 1}).key not in keys
+
+
+def test_keys_of_plain_rows_stay() -> None:
+    """The split follows the keys: these are of the code before rows had shapes (a576e4c)."""
+    row: dict[str, Any] = {"prompt": "p q r", "chosen": " c", "rejected": " r"}
+    assert make(row).key == "ee0b19522d68f11395d7332bdb95cf75fb57d16b53bcba347adf9f324a41877d"
+    row = {**row, "response": " a", "margin": 2}
+    assert make(row).key == "bb9999523227fa0bde2895ad42ff3332f092067438f463b812ba304ee1de4f8c"
+
+
+def test_margins_matter_where_they_are_asked_for() -> None:
+    """Text is a number where it is one; what is none spoils no row by itself."""
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    values = {"1.5": 1.5, 2: 2.0, "big": None, "": None, True: None, "nan": None}
+    for value, number in values.items():
+        assert make({**row, "margin": value}).margin == number
 
 
 @needs_shared("pandalm")

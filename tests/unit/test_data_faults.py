@@ -42,7 +42,11 @@ FAULTS: list[tuple[str, bytes, tuple[str | None, str | None, str | None]]] = [
     ),
     ("no chosen", without("chosen"), (None, "column 'chosen' is missing", None)),
     ("empty prompt", line(203, prompt=""), ("column 'prompt' is empty",) * 3),
-    ("blank answer", line(204, rejected=" \n"), (None, "column 'rejected' is empty", None)),
+    (
+        "blank answer",
+        line(204, rejected=" \n"),
+        (None, "column 'rejected' is empty, so the row is left out", None),
+    ),
     ("NUL byte", line(205).replace(b"question", b"quest\0ion"), ("NUL byte",) * 3),
     ("escaped NUL", line(206, chosen=" a\0b"), ("NUL byte",) * 3),
     ("not UTF-8", line(207).replace(b"question", b"\xff\xfequestion"), ("not UTF-8",) * 3),

@@ -335,6 +335,11 @@ def test_a_test_split_without_usable_rows_is_refused(tmp_path: Path) -> None:
                 eval_fraction=fraction)  # fmt: skip
 
 
+def test_the_sample_data_holds_out_prompts(tmp_path: Path) -> None:
+    data = run("sample:courtesy", gpt2_like(), tmp_path, 3, part="eval")
+    assert vars(data.held_out) == {"rows": 400, "prompts": 103, "seen": 0}
+
+
 @needs_shared("../cases")
 def test_cases(tmp_path: Path) -> None:
     held, trained = _held_and_trained(CASES / "many_pairs_per_prompt.jsonl", tmp_path)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import step3_ppo.main
+from rlhf import models
 from rlhf.config.schema import RunConfig
 from rlhf.errors import DataError
 from rlhf.store import verify
@@ -103,11 +104,13 @@ def test_the_case_of_nine_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_nothing_held_out_is_refused_before_training(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Exit code 3 with the remedy; step 3 has loaded no model yet."""
+    """Exit code 3 with the remedy, before a model loads."""
 
     def loads(*args: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
+    monkeypatch.setattr(models, "load_causal", loads)
+    monkeypatch.setattr(models, "load_scalar", loads)
     monkeypatch.setattr(step3_ppo.main, "load_roles", loads)
     settings = settings_for(root, nine_rows(tmp_path / "rows.jsonl"))
     with pytest.raises(DataError, match=rf"step {number} has no held-out .*data\.eval_fraction=0"):
