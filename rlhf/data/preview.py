@@ -30,8 +30,10 @@ from rlhf.config.names import hub_dataset
 from rlhf.config.schema import DataConfig, ResolvedStep
 from rlhf.data.encode import needed_answers
 from rlhf.data.sample import ANSWERS, Sample, SampleMaker
+from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import SOURCES, BadRow, DataSet, Part, Row, kind_of
 from rlhf.data.sources.base import NoPreference
+from rlhf.data.templates import TEMPLATES, Messages
 from rlhf.errors import UserError
 from rlhf.redact import redact
 
@@ -112,21 +114,25 @@ def _rows_of(part: Part) -> int | None:
 
 def _stage(stage: ResolvedStep, sets: Sequence[DataSet], found: Preview) -> list[str]:
     data = stage.config.data
-    try:
-        maker = SampleMaker(data, _plain_text)
-    except UserError as error:
-        wrong = [key for key in data.columns if f"{key} unknown" in str(error)]
-        close = nearest(wrong[0], ("prompt", *ANSWERS, "messages", "margin")) if wrong else []
-        remedy = f"Did you mean data.columns.{close[0]}?" if close else ""
-        _add(found, Problem("data.columns", str(error), remedy, error.exit_code))
-        return []
     lines: list[str] = []
-    for part in (part for one in sets for part in one.parts if not part.held_out):
-        lines += _part(stage, part, maker, found)
+    try:
+        maker = SampleMaker(data, _plain_text, TEMPLATES.get(data.template, data.template))
+        for one in sets:
+            for shape, parts in shapes_of(one, data):
+                for part in (part for part in parts if not part.held_out):
+                    lines += _part(stage, part, Reader(shape, data), maker, found)
+    except UserError as error:
+        unknown = next((key for key in data.columns if f"{key} unknown" in str(error)), "")
+        close = nearest(unknown, ("prompt", *ANSWERS, "messages", "margin")) if unknown else []
+        remedy = f"Did you mean data.columns.{close[0]}?" if close else ""
+        _add(found, Problem("data", str(error), remedy, error.exit_code))
+        return []
     return lines
 
 
-def _part(stage: ResolvedStep, part: Part, maker: SampleMaker, found: Preview) -> list[str]:
+def _part(
+    stage: ResolvedStep, part: Part, reader: Reader, maker: SampleMaker, found: Preview
+) -> list[str]:
     """Lines for a person; a problem if none of the part's first rows can be used."""
     lines = [f"{part.name}: the first rows for step {stage.step}"]
     reasons: list[tuple[str, str]] = []
@@ -137,7 +143,7 @@ def _part(stage: ResolvedStep, part: Part, maker: SampleMaker, found: Preview) -
             if not isinstance(row, BadRow):
                 columns |= dict.fromkeys(row)
             try:
-                sample = _sample(stage, maker, row, where)
+                sample = _sample(stage, reader, maker, row, where)
             except NoPreference:
                 made += 1
             except BadRow as reason:
@@ -155,15 +161,17 @@ def _part(stage: ResolvedStep, part: Part, maker: SampleMaker, found: Preview) -
     return lines if made else []
 
 
-def _sample(stage: ResolvedStep, maker: SampleMaker, row: Row | BadRow, where: str) -> Sample:
+def _sample(
+    stage: ResolvedStep, reader: Reader, maker: SampleMaker, row: Row | BadRow, where: str
+) -> Sample:
+    """The first of a row's samples; a row of several rated answers gives more than one."""
     if isinstance(row, BadRow):
         raise row
-    sample = maker(row, where)
-    names = needed_answers(stage.step, stage.config.step1.response_column, sample)
+    sample = next(maker(one, where) for one in reader(row))
     mapping = stage.config.data.columns
-    for name in names:
+    for name in needed_answers(stage.step, stage.config.step1.response_column, sample):
         if getattr(sample, name) is None:
-            raise BadRow(f"column {mapping.get(name, name)!r} is missing")
+            raise BadRow(sample.lacks or f"column {mapping.get(name, name)!r} is missing")
     return sample
 
 
@@ -199,7 +207,7 @@ def _shown(sample: Sample) -> Iterator[str]:
             yield f"  {name:8} {text[:200]!r}"
 
 
-def _plain_text(messages: list[dict[str, str]], generate: bool) -> str:
+def _plain_text(messages: Messages, generate: bool, tools: Any = None, /) -> str:
     """Conversations without a tokenizer's template: asked is whether they are whole."""
     return "".join(f"\n\n{one['role']}: {one['content']}" for one in messages)
 

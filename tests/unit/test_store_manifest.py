@@ -146,8 +146,7 @@ def test_a_later_format_says_so(artifact: Path) -> None:
 
 
 def test_no_torch() -> None:
-    """DESIGN: rlhf.store never imports torch, nor anything of ours but config, errors and what these
-    two import."""
+    """DESIGN: rlhf.store never imports torch, nor anything but config and errors, and theirs."""
     code = (
         "import sys, rlhf.store; print(sorted(m for m in sys.modules if m.split('.')[0] in "
         "('torch', 'transformers', 'accelerate', 'deepspeed', 'numpy') or "
