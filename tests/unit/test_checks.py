@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[Callable[[Path], list[str]], int, list[str]]] = {
     "a mapping that is wrong": (
         lambda tmp: ["--step", "1", "--data-path", rows(tmp / "r.jsonl", "prompt", "response"),
                      "data.columns.response=answer"], 2,
-        ["data.columns.response=answer: ", "has no column 'answer'; it has prompt, response"],
+        ["has no column 'answer'; it has prompt, response"],
     ),
     "a column of ours misspelt": (
         lambda tmp: ["data.columns.chosn=x"], 2, ["Did you mean data.columns.chosen?"],
