@@ -11,9 +11,9 @@ from launch.devices import place
 from launch.gate import (
     STEP_NAMES,
     Parent,
-    already_done,
     base_models,
     find_parents,
+    finished_step,
     recovery_scale,
     unfinished,
 )
@@ -47,6 +47,8 @@ class StepPlan:
     manifest: Manifest | None = None
     reason: str = ""
     """Why it runs again although there is an artifact."""
+    replaces: Manifest | None = None
+    """The finished artifact that it would replace."""
     fresh: bool = False
     """It starts from its beginning, whatever checkpoints there are."""
     saved: str = ""
@@ -71,6 +73,7 @@ class Plan:
     run: RunDir
     config: RunConfig
     recipe: Path | None
+    options: Options
     placement: Placement
     machine: Machine
     steps: list[StepPlan] = field(default_factory=list)
@@ -104,7 +107,8 @@ def make_plan(options: Options) -> Plan:
             parents={parent.name: parent.path for parent in parents},
             parent_configs={p.name: p.config for p in parents if p.config or p.here},
         )
-        manifest, reason = already_done(options, resolved, parents)
+        found, reason = finished_step(options, resolved, parents)
+        manifest, replaced = (None, found) if reason else (found, None)
         done[step] = manifest
         fresh = options.force or config.checkpoint.resume == "never"
         saved = "" if fresh or manifest is not None else unfinished(options, resolved, parents)
@@ -114,14 +118,16 @@ def make_plan(options: Options) -> Plan:
         resolved.config = with_values(resolved.config, {"launch.keep_memory": kept})
         spec = launch_spec(resolved, placement, options.run)
         item = StepPlan(
-            step, resolved, spec, parents, manifest, reason, fresh, saved, needs, why_not
-        )
+            step=step, resolved=resolved, spec=spec, parents=parents, manifest=manifest,
+            reason=reason, replaces=replaced, fresh=fresh, saved=saved, needs=needs,
+            not_planned=why_not,
+        )  # fmt: skip
         if step == 3 and manifest is not None:
             evaluation, why = find_evaluation(options.run)
             note = _otherwise(options.run, evaluation, config) if evaluation else ""
             item = replace(item, unevaluated=why, evaluated_otherwise=note)
         steps.append(item)
-    return Plan(options.run, config, options.recipe, placement, machine, steps)
+    return Plan(options.run, config, options.recipe, options, placement, machine, steps)
 
 
 def _otherwise(run: RunDir, evaluation: Manifest, config: RunConfig) -> str:

@@ -384,6 +384,8 @@ class ResolvedStep(Section):
     parents: dict[str, str] = doc(
         {}, "`sft`, `reward` -> verified artifact directory, HF directory or hub id."
     )
+    schema_version: NonNegative = doc(0, "Which release's settings; 0: it was not written yet.")
+    data_sources: list[dict[str, Any]] | None = doc(None, "The data's content: rlhf/data/preview.")
     inherited: dict[str, str] = doc({}, "Settings taken from a parent, with where they came from.")
     learning_rate_scale: float = doc(
         1.0, "Learning rates are multiplied by it: lower after the step has diverged once.", gt=0

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import datasets
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf import stall
 from rlhf.config.schema import DataConfig
@@ -26,6 +24,9 @@ from rlhf.data.split import Assignment, Keys, assign, draw
 from rlhf.data.templates import render
 from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 # Raise it when the same settings and data would give other rows.
 FORMAT_VERSION = 4
