@@ -92,6 +92,7 @@ def pool(done: Sequence[RunDir], pooled: Path) -> None:
     if len(done) < 2:
         print(f"\n{len(done)} of the seeds' runs is done: a verdict over seeds needs two or more")
         return
+    print(flush=True)
     # In a process of its own: statistics need libraries that the driver does without.
     argv = [sys.executable, "-m", "rlhf.evaluation.seeds", "--write", str(pooled)]
     code = subprocess.run([*argv, *(str(run.path) for run in done)], cwd=PROJECT_ROOT).returncode

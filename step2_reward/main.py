@@ -27,6 +27,9 @@ def main(run: StepRun) -> None:
 
     with run.phase("read the data"):
         base, tokenizer = _base(run)
+        with comm.rank_zero_first():
+            template = data.choose_template(tokenizer, run.config.data)
+        run.say(f"chat template: {template.sentence}")
         rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("load the model to start from"):
@@ -94,7 +97,7 @@ def _base(run: StepRun) -> tuple[str, Any]:
             texts=lambda: data.texts(run.config.data),
             seed=run.config.seed,
         )
-    tokenizer = models.load_tokenizer(base, template=run.config.data.template)
+    tokenizer = models.load_tokenizer(base, template=None)
     if sft is not None:
         actors = models.fingerprint(models.load_tokenizer(sft, template=None))
         ours = models.fingerprint(tokenizer)

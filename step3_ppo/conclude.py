@@ -40,7 +40,7 @@ def publish(
         ema_decay=settings.ppo.ema_decay,
         training=training,
     )
-    generation = {"do_sample": True, "temperature": settings.rollout.temperature, "top_k": 0}
+    generation = models.sampling_settings(settings.rollout)
 
     def write(directory: Path) -> None:
         for name, snapshot in snapshots.items():

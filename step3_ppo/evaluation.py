@@ -38,7 +38,7 @@ from rlhf.text import normalised
 from step3_ppo.answers import Questions, prompt_indices
 from step3_ppo.cards import cards, figures
 from step3_ppo.cast import Cast, metrics_of, published_cast
-from step3_ppo.prompts import read_prompts
+from step3_ppo.prompts import choose_template, read_prompts
 
 Answers = dict[str, list[AnswerRecord]]
 UNJUDGED = "unjudged.jsonl"  # in the step's directory: answers whose evaluation is not finished
@@ -57,6 +57,7 @@ def main(run: StepRun) -> None:
         if run.rank == 0:
             verify(run.directory.artifact("ppo"), "ppo")
         tokenizer = models.load_tokenizer(str(run.directory.artifact("actor")), template=None)
+        choose_template(run, tokenizer)
         held_out = read_prompts(run, tokenizer, "eval")
     with run.phase("evaluate"):
         evaluate(run, tokenizer, held_out, lambda: published_cast(run, tokenizer))

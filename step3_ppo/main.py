@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf import data, models, track
+from rlhf import data, track
 from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.algo.kl import build_kl_controller
 from rlhf.config.schema import RLConfig
@@ -28,8 +28,7 @@ from step3_ppo.conclude import publish
 from step3_ppo.evaluation import evaluate, refuse_judge
 from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
 from step3_ppo.health import check_finite, check_kl
-from step3_ppo.parents import check_tokenizers
-from step3_ppo.prompts import read_prompts
+from step3_ppo.prompts import read_prompts, read_tokenizer
 from step3_ppo.roles import Roles, load_roles
 from step3_ppo.rollout import Rollout
 from step3_ppo.update import PtxBatches, first_critic_step, update, value_quality
@@ -43,8 +42,7 @@ def main(run: StepRun) -> None:
     sft, reward = run.parent("sft"), run.parent("reward")
 
     with run.phase("read the prompts"):
-        tokenizer = models.load_tokenizer(sft, template=None)
-        check_tokenizers(sft, reward, tokenizer)
+        tokenizer = read_tokenizer(run)
         refuse_judge(run)
         rows = read_prompts(run, tokenizer, "train")
         held_out = read_prompts(run, tokenizer, "eval")

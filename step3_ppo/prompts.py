@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rlhf import data
+from rlhf import data, models
 from rlhf.engine import comm
 from rlhf.harness import StepRun
+from step3_ppo.parents import check_tokenizers, template_note
+
+
+def read_tokenizer(run: StepRun) -> Any:
+    """The actor's tokenizer, which the reward model must share, with the chat template that this
+    step trains with. Collective."""
+    sft, reward = run.parent("sft"), run.parent("reward")
+    tokenizer = models.load_tokenizer(sft, template=None)
+    check_tokenizers(sft, reward, tokenizer)
+    choose_template(run, tokenizer)
+    if note := template_note(reward, tokenizer):
+        run.say(note)
+    return tokenizer
+
+
+def choose_template(run: StepRun, tokenizer: Any) -> None:
+    """Gives the tokenizer the chat template of this run and says which one. Collective."""
+    with comm.rank_zero_first():
+        template = data.choose_template(tokenizer, run.config.data)
+    run.say(f"chat template: {template.sentence}")
 
 
 def read_prompts(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> data.StageData:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.load import MODEL_NAMES, flatten, nest, with_values
+from rlhf.config.migrate import SCHEMA_VERSION
 from rlhf.config.names import absolute_if_local
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ConfigError
@@ -68,6 +69,7 @@ def resolve_step(
     check_batches(config, step, world_size)
     return ResolvedStep(
         step=step,  # type: ignore[arg-type]
+        schema_version=SCHEMA_VERSION,
         run_dir=str(run_dir.absolute()),
         world_size=world_size,
         parents=parents,

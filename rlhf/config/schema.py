@@ -39,9 +39,10 @@ class DataConfig(RowsConfig):
         "{text}", 'Wraps every answer, e.g. " {text}" where answers lack the leading space.'
     )
     template: str = doc(
-        "human_assistant",
-        "Chat template saved with the tokenizer and used for conversational rows: "
-        "`human_assistant`, `chatml`, `model` (the tokenizer's own) or Jinja text.",
+        "auto",
+        "Chat template of conversations, saved with the model: `auto` (the model's own; "
+        "human_assistant where it has none), `human_assistant`, `chatml`, `model` (its own, or "
+        "refused) or Jinja text.",
     )
     split: tuple[float, float, float] = doc(
         (2, 4, 4), "Shares of the training rows for steps 1, 2 and 3; normalised to sum to 1."
@@ -56,7 +57,9 @@ class DataConfig(RowsConfig):
     max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
     max_train_rows: Positive | None = doc(None, "At most so many training rows per step.")
     long_prompts: Literal["truncate", "drop"] = doc(
-        "truncate", "What happens to a prompt over the limit: cut from the left, or dropped."
+        "truncate",
+        "A prompt over the limit: its oldest turns go (of text that is no dialogue: the left end), "
+        "or the row is dropped.",
     )
     max_bad_rows: NonNegative = doc(
         100, "More unusable rows than this stop the run; each is counted and located."
@@ -381,6 +384,8 @@ class ResolvedStep(Section):
     parents: dict[str, str] = doc(
         {}, "`sft`, `reward` -> verified artifact directory, HF directory or hub id."
     )
+    schema_version: NonNegative = doc(0, "Which release's settings; 0: it was not written yet.")
+    data_sources: list[dict[str, Any]] | None = doc(None, "The data's content: rlhf/data/preview.")
     inherited: dict[str, str] = doc({}, "Settings taken from a parent, with where they came from.")
     learning_rate_scale: float = doc(
         1.0, "Learning rates are multiplied by it: lower after the step has diverged once.", gt=0

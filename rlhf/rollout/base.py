@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.rollout import RolloutEngine
+from torch import Tensor
 
 from rlhf.errors import ConfigError
-from rlhf.rollout.generation import special_ids
+from rlhf.models.generation import end_ids
+from rlhf.rollout.generation import base_model, causal_lm, special_ids
 from rlhf.rollout.stopping import StopStrings
 
 
@@ -49,10 +51,23 @@ class Rollouts(RolloutEngine):
         self.engine = engine
         self.batch_size = batch_size
         self.pad, self.eos = special_ids(tokenizer)
+        self.eos_ids = end_ids(tokenizer, base_model(causal_lm(engine.module)))
         self.stop = StopStrings(tokenizer, stop)
         self.gather = gather
         self.lockstep = lockstep
         self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's: ids beyond it are never sampled; None: the model has no others."""
+        return getattr(self.engine.module, "vocab_size", None)
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Which tokens end an answer: bool of their shape."""
+        found = tokens == self.eos
+        for other in self.eos_ids[1:]:
+            found |= tokens == other
+        return found
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do where generation reads the trained weights themselves."""

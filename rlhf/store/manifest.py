@@ -51,9 +51,14 @@ class Manifest(_Record):
     step: Annotated[int, Field(ge=0, le=3)]
     id: Sha256
     created: str
+    schema_version: Annotated[int, Field(ge=0)] = 0
+    """Which release's settings `config` has: rlhf/config/migrate.py. 0: before it was written."""
     files: dict[str, FileRecord]
     parents: dict[str, ParentRecord]
     data_fingerprint: str
+    data_sources: list[dict[str, Any]] | None = None
+    """What the data was before it was split and tokenised: name, fingerprint of the content and
+    rows of each path. None: not recorded (an older release, or a step started by hand)."""
     tokenizer_fingerprint: str
     config: dict[str, Any]
     versions: dict[str, str]

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rlhf.config.migrate import SCHEMA_VERSION
 from rlhf.errors import ArtifactError
 from rlhf.store.files import (
     copy_or_link,
@@ -52,6 +53,7 @@ def publish(
     tokenizer_fingerprint: str,
     config: Any,
     metrics: Mapping[str, Any],
+    data_sources: Any = None,
     name: str = "artifact",
 ) -> Manifest:
     """Calls `write(directory)` on a temporary sibling and makes it `step_dir/name`, verified.
@@ -71,11 +73,13 @@ def publish(
     content = jsonable(
         {
             "format": 1,
+            "schema_version": SCHEMA_VERSION,
             "kind": kind,
             "step": step,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "parents": parents,
             "data_fingerprint": data_fingerprint,
+            "data_sources": data_sources,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "config": config,
             "versions": library_versions(),

@@ -39,7 +39,9 @@ def record(**fields):
 
 def make():
     from tests.unit.driver_help import make_artifact, make_evaluation
-    make_artifact(run, step, resolved["config"], resolved["parents"])
+    make_artifact(
+        run, step, resolved["config"], resolved["parents"], resolved.get("data_sources")
+    )
     if step == 3 and os.environ.get("FAKE_EVALUATION", "ok") == "ok":
         make_evaluation(run, "reward 1.0 -> 2.0\\n")
 
@@ -107,11 +109,18 @@ def make_checkpoint(run: Path, step: int, resolved: dict[str, Any], position: in
             "settings": decisive(resolved["config"], step),
             "parents": parents,
             "data_fingerprint": "d" * 64,
+            "data_sources": resolved.get("data_sources"),
         },
     )
 
 
-def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | None = None) -> str:
+def make_artifact(
+    run: Path,
+    step: int,
+    config: Any,
+    parents: dict[str, str] | None = None,
+    sources: Any = None,
+) -> str:
     """Publishes a small artifact as the step would; returns its id."""
     from rlhf.store import MANIFEST, read_manifest
 
@@ -128,7 +137,8 @@ def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | N
         data_fingerprint="d" * 64,
         tokenizer_fingerprint="t" * 64,
         config=jsonable(config),
-        metrics={},
+        metrics={"accuracy": 0.75},
+        data_sources=sources,
     )
     return manifest.id
 
@@ -152,9 +162,47 @@ def make_evaluation(run: Path, text: str, verdict: dict[str, Any] | None = None)
         parents={"ppo": {"path": str(RunDir(run).artifact("ppo")), "id": policy.id}},
         data_fingerprint="d" * 64,
         tokenizer_fingerprint="t" * 64,
-        config={"policy": policy.content_id},
+        config={
+            "policy": policy.content_id,
+            "eval": policy.config.get("step3", {}).get("eval", {}),
+        },
         metrics={},
     )
+
+
+SOURCES = [{"name": "sample:courtesy", "fingerprint": "f" * 64, "rows": 100}]
+
+
+def data_as_it_is(
+    monkeypatch: Any, sources: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The driver finds this data instead of asking a process of its own; returns the list, which a
+    test may change."""
+    import launch.checklist
+    import train
+    from launch.looking import Looked
+
+    found = [dict(one) for one in sources or SOURCES]
+
+    def look(plan: Any, *, download: bool = False) -> Looked:
+        return Looked(sources=[dict(one) for one in found])
+
+    monkeypatch.setattr(launch.checklist, "look", look)
+    monkeypatch.setattr(train, "look_at_data", look)
+    return found
+
+
+def write_model(directory: Path, **changes: Any) -> Path:
+    """A model's files as far as a glance tells: a tiny Llama's configuration, empty weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "intermediate_size": 8, "vocab_size": 4, "max_position_embeddings": 512, **changes,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").write_bytes(b"weights")
+    (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
+    return directory
 
 
 def write_scripts(root: Path, project: Path) -> None:

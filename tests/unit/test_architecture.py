@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "rlhf.redact",
         "rlhf.secrets",
         "rlhf.lifeline",
+        "rlhf.track.forward",  # which trackers there are; it imports nothing heavy
     ),
     "rlhf/errors.py": (),
     "rlhf/secrets.py": (),

@@ -83,11 +83,16 @@ def test_a_verdict_on_another_policy_is_none(driver, run: RunDir) -> None:
 
 
 def test_another_judge_does_not_train_again(driver, run: RunDir) -> None:
-    """step3.eval.* is how a policy is looked at, not what it is."""
+    """step3.eval.* is how a policy is looked at, not what it is; the plan has the command."""
     assert driver()[0] == 0
+    assert "its evaluation was made with" not in driver("--dry-run")[1]
     code, out, _ = driver("step3.eval.judge=vader", "step3.eval.prompts=7", "--dry-run")
     assert code == 0
     assert out.count("already done") == 3
+    line = next(line for line in out.splitlines() if "its evaluation was made with" in line)
+    assert "step3.eval.judge None" in line
+    assert "step3.eval.prompts 128" in line
+    assert f"python train.py evaluate {run.path} step3.eval." in out
 
 
 def test_evaluate_again(driver, run: RunDir) -> None:

@@ -173,6 +173,29 @@ def test_nothing_held_out(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "NO VERDICT" in (run.artifact("evaluation") / "no_verdict.txt").read_text()
 
 
+def test_other_prompts(root: Path, tmp_path: Path) -> None:
+    """A file whose name says that it is held out is all that is answered; also where the run
+    itself held nothing out."""
+    settings = config(root, data={"path": [str(root / "data" / "train.jsonl")], "eval_fraction": 0})
+    step(3, settings, root / "run", tmp_path)
+    run = RunDir(tmp_path)
+    assert not (run.artifact("evaluation") / "verdict.json").exists()
+    settings.data.path = [str(root / "data" / "test.jsonl")]
+    settings.step3.eval.prompts = 10
+    evaluate(settings, root / "run", tmp_path)
+    rows = [row for row in rows_of(run) if row["model"] == "ppo"]
+    assert len(rows) == 10
+    assert len({row["prompt"] for row in rows}) == 8
+    assert all("of test?" in row["prompt"] for row in rows)
+    assert rows[0]["prompt"] == rows[8]["prompt"]
+    assert rows[0]["ids"] != rows[8]["ids"], "another draw"
+    assert figures_of(run, "ppo")["prompts"] == 8.0
+
+
+def figures_of(run: RunDir, model: str) -> dict[str, float]:
+    return dict(verify(run.artifact("ppo"), "ppo").metrics["evaluation"][model])
+
+
 def test_a_judge_that_does_not_exist_is_refused_before_training(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="corteous"):
         step(3, config(root, **asked("corteous")), root / "run", tmp_path)
