@@ -23,7 +23,6 @@ from transformers import GenerationConfig
 from rlhf.rollout.base import Rollouts
 from rlhf.rollout.generation import (
     Generation,
-    assemble,
     base_model,
     causal_lm,
     check_fits,
@@ -68,7 +67,7 @@ class HybridRollout(Rollouts):
                 parts.append(nn.functional.pad(part, (0, missing), value=self.pad))
         answers = torch.cat(parts)
         lengths, ended = self._ends(answers)
-        return assemble(request, samples, answers, lengths, ended, self.pad)
+        return self.finished(request, samples, answers, lengths, ended)
 
     @contextmanager
     def _random(self) -> Iterator[None]:
