@@ -36,7 +36,7 @@ def end_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
     others = sorted({int(i) for i in listed if i is not None} - {eos, tokenizer.pad_token_id})
     if not others:
         return (eos,)
-    added = tokenizer.added_tokens_decoder
+    added = getattr(tokenizer, "added_tokens_decoder", {})
     return (eos, *(i for i in others if i in added and added[i].special))
 
 
