@@ -19,11 +19,12 @@ from rlhf.engine.memory import peak_memory
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ConfigError
 from rlhf.evaluation.answers import distinct_2
+from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
 from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
 from step3_ppo.answers import answer_ids
-from step3_ppo.cast import live_cast
+from step3_ppo.cast import live_cast, metrics_of
 from step3_ppo.conclude import publish
 from step3_ppo.evaluation import evaluate, refuse_judge
 from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
@@ -51,6 +52,7 @@ def main(run: StepRun) -> None:
         iterations = settings.iterations or max(len(prompts) // per_iteration, 1)
 
     with run.phase("load the four models"):
+        run.say(judge_reward_model(metrics_of(reward)).line())
         steps = settings.ppo.epochs * settings.ppo.minibatches
         roles = load_roles(
             settings,

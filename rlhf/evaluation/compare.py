@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.evaluation.answers import AnswerRecord, columns, prompt_keys
 from rlhf.evaluation.intervals import Interval, mapped, mean_interval, share_change
 from rlhf.evaluation.length import gain_within_lengths
-from rlhf.evaluation.variety import distinct_2_at, equal_size, pairs_by_prompt, variety_ratio
+from rlhf.evaluation.variety import compare_variety, pairs_by_prompt
 
 BETTER, WORSE, NOT_TOLD_APART = "better", "worse", "not told apart"
 HIGHER, LOWER = "higher", "lower"  # of length, which is neither good nor bad
@@ -96,11 +96,10 @@ def _lengths(records: Sequence[AnswerRecord]) -> tuple[list[int], list[float]]:
 def _variety(
     keys: Sequence[str], before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]
 ) -> Comparison | None:
-    old = pairs_by_prompt(keys, [r.ids for r in before])
-    new = pairs_by_prompt(keys, [r.ids for r in after])
-    ratio = variety_ratio(old, new)
-    if ratio is None:
+    found = compare_variety(
+        pairs_by_prompt(keys, [r.ids for r in before]),
+        pairs_by_prompt(keys, [r.ids for r in after]),
+    )
+    if found is None:
         return None
-    drawn = equal_size([old, new])
-    figures = distinct_2_at(old, drawn)[0], distinct_2_at(new, drawn)[0]
-    return compared(*figures, mapped(ratio, lambda value: value - 1))
+    return compared(found.before, found.after, mapped(found.ratio, lambda value: value - 1))

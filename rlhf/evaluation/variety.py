@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from rlhf.evaluation.intervals import Interval, jackknife, mapped
 
@@ -89,13 +90,21 @@ def equal_size(models: Sequence[Sequence[Pairs]]) -> int:
     )
 
 
-def variety_ratio(before: Sequence[Pairs], after: Sequence[Pairs]) -> Interval | None:
-    """distinct-2 after / before at an equal number of pairs; a jackknife of its logarithm over
-    prompts. None where answers are too short or too few."""
+class Variety(NamedTuple):
+    """distinct-2 of two models at an equal number of token pairs, and after / before."""
+
+    before: float
+    after: float
+    ratio: Interval
+
+
+def compare_variety(before: Sequence[Pairs], after: Sequence[Pairs]) -> Variety | None:
+    """Prompt by prompt; the ratio's interval is a jackknife of its logarithm over prompts. None
+    where answers are too short or too few."""
     drawn = equal_size([before, after])
     if drawn < 1:
         return None
     old, old_without = distinct_2_at(before, drawn)
     new, new_without = distinct_2_at(after, drawn)
     logs = [math.log(b / a) for a, b in zip(old_without, new_without, strict=True)]
-    return mapped(jackknife(math.log(new / old), logs), math.exp)
+    return Variety(old, new, mapped(jackknife(math.log(new / old), logs), math.exp))

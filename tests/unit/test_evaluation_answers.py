@@ -13,7 +13,7 @@ import pytest
 from rlhf.evaluation.answers import AnswerRecord, distinct_2, summarise
 from rlhf.evaluation.compare import compare
 from rlhf.evaluation.length import gain_within_lengths
-from rlhf.evaluation.variety import distinct_2_at, pairs_by_prompt, variety_ratio
+from rlhf.evaluation.variety import compare_variety, distinct_2_at, pairs_by_prompt
 
 
 def record(**changes: Any) -> AnswerRecord:
@@ -66,14 +66,16 @@ def test_length_alone_does_not_move_variety() -> None:
     keys = list(range(100))
     short, long = answers(10), answers(20)
     assert distinct_2(long) < 0.85 * distinct_2(short)
-    ratio = variety_ratio(pairs_by_prompt(keys, short), pairs_by_prompt(keys, long))
-    assert ratio is not None
+    found = compare_variety(pairs_by_prompt(keys, short), pairs_by_prompt(keys, long))
+    assert found is not None
+    assert found.after == pytest.approx(found.before, rel=0.1)
+    ratio = found.ratio
     assert ratio.low is not None
     assert ratio.high is not None
     assert ratio.low < 1 < ratio.high
     assert ratio.high - ratio.low < 0.15
     assert (
-        variety_ratio(pairs_by_prompt([1, 2], [[1], [2]]), pairs_by_prompt([1, 2], [[1], [2]]))
+        compare_variety(pairs_by_prompt([1, 2], [[1], [2]]), pairs_by_prompt([1, 2], [[1], [2]]))
         is None
     )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.evaluation import reward_metrics
 from rlhf.evaluation.reward_model import FAILS, PASSES, UNKNOWN, judge_reward_model
+from tests.unit.driver_help import write_model
 
 
 def pair_metrics(*columns: Any, prompts: Any = None) -> dict[str, float]:
@@ -142,3 +145,29 @@ def test_leaning_on_length_is_a_warning() -> None:
 @pytest.mark.parametrize("metrics", [{}, {"accuracy": 0.9}, {"accuracy": "NaN"}])
 def test_what_was_not_measured_is_unknown(metrics: dict[str, Any]) -> None:
     assert judge_reward_model(metrics).outcome == UNKNOWN
+
+
+def test_the_driver_says_it_before_step_3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reward model that is there and no better than a coin; one without an interval."""
+    from launch.checklist import Asking, _reward_model
+    from launch.options import parse_options
+    from launch.plan import make_plan
+    from rlhf.store import publish
+
+    model = write_model(tmp_path / "reward")
+    argv = ["--step", "3", "--actor-model", str(model), "--reward-model", str(model)]
+    (found,) = _reward_model(Asking(make_plan(parse_options(argv)), "dry-run"))
+    assert (found.state, found.found.split(":")[0]) == ("warn", "unknown")
+    publish(
+        tmp_path / "made",
+        lambda to: shutil.copytree(model, to, dirs_exist_ok=True) and None,
+        kind="reward", step=2, parents={}, data_fingerprint="d" * 64,
+        tokenizer_fingerprint="t" * 64, config={}, metrics=drawn(0.0, scale=0.2),
+    )  # fmt: skip
+    argv[-1] = str(tmp_path / "made" / "artifact")
+    (found,) = _reward_model(Asking(make_plan(parse_options(argv)), "dry-run"))
+    assert found.state == "warn"
+    assert "coin" in found.line()
+    assert "bring more" in found.line()

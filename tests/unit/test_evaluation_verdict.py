@@ -106,8 +106,10 @@ def test_a_fall() -> None:
 
 def test_too_few_prompts() -> None:
     """Not told apart and not small either: how many prompts would do is said."""
-    few = answers(Policy(), prompts=3)
-    found = built({name: rows[:6] for name, rows in few.items()})
+    few = {name: rows[:3] for name, rows in answers(Policy()).items()}
+    for name, scores in (("sft", (0.0, 1.0, 2.0)), ("ppo", (1.0, 0.9, 3.2))):
+        few[name] = [replace(r, score=s) for r, s in zip(few[name], scores, strict=True)]
+    found = built(few)
     assert found["outcome"] == "not enough evidence"
     assert "different prompts, not 3" in found["decisions"]["ppo"]["next"]
     one = {name: rows[:1] for name, rows in few.items()}
