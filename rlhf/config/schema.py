@@ -57,11 +57,6 @@ class DataConfig(RowsConfig):
     )
     max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
     max_train_rows: Positive | None = doc(None, "At most so many training rows per step.")
-    long_prompts: Literal["truncate", "drop"] = doc(
-        "truncate",
-        "A prompt over the limit: its oldest turns go (of text that is no dialogue: the left end), "
-        "or the row is dropped.",
-    )
     max_bad_rows: NonNegative = doc(
         100, "More unusable rows than this stop the run; each is counted and located."
     )
