@@ -113,7 +113,7 @@ def _intention(questions: Questions) -> str:
 def _identity(run: StepRun, questions: Questions) -> dict[str, Any]:
     """All that decides the answers, but for the number of processes."""
     rollout = questions.settings.rollout
-    names = ("engine", "max_new_tokens", "temperature", "top_k", "top_p", "stop")
+    names = ("engine", "max_new_tokens", "temperature", "stop")
     return {
         "policy": read_manifest(run.directory.artifact("ppo")).content_id,
         "parents": run.parent_ids(),
