@@ -45,7 +45,7 @@ class DataConfig(RowsConfig):
         "refused) or Jinja text.",
     )
     split: tuple[float, float, float] = doc(
-        (2, 4, 4), "Shares of the training rows for steps 1, 2 and 3; normalised to sum to 1."
+        (2.0, 4.0, 4.0), "Shares of the training rows for steps 1, 2 and 3; normalised to sum to 1."
     )
     hub_split: str = doc("train", "Name of the training split on the hub.")
     hub_eval_split: str | None = doc("test", "Name of the held-out split on the hub, if any.")
@@ -264,7 +264,7 @@ class PPOConfig(Section):
     )
     kl_estimator: Literal["k1", "k2", "k3"] = doc("k1", "KL estimator in the reward.")
     kl_target: float | None = doc(None, "Nats per answer; set: the coefficient adapts to it.", gt=0)
-    kl_horizon: float = doc(10_000, "Answers over which the coefficient adapts.", gt=0)
+    kl_horizon: float = doc(10_000.0, "Answers over which the coefficient adapts.", gt=0)
     kl_loss_coef: float = doc(0.0, "Weight of the k3 KL loss (GRPO).", ge=0)
     gamma: Fraction = doc(1.0, "Discount per token.")
     lam: Fraction = doc(0.95, "GAE lambda.")
@@ -306,7 +306,7 @@ class EvalConfig(Section):
     judge: str | None = doc(
         None, "Rule-based judge: `courtesy`, `vader`, or `module:function`; unset: the data's own."
     )
-    judge_timeout: float | None = doc(3600, "Seconds of a judge for a model's answers.", gt=0)
+    judge_timeout: float | None = doc(3600.0, "Seconds of a judge for a model's answers.", gt=0)
 
 
 class RLConfig(Section):
