@@ -232,7 +232,7 @@ class OurPPO:
         sampled = time.process_time()
         ppo, algorithm = settings.ppo, ALGORITHMS["ppo"]
         rollout = score(roles, rollout, 1.0, budget, ppo.old_log_probs, values=self.reads_apart)
-        rollout, stats = reward(rollout, algorithm, ppo, self.controller, (0.0, 1.0))
+        rollout, stats = reward(rollout, ppo, self.controller, (0.0, 1.0), kl_in_reward=True)
         scored = time.process_time()
         first = None
         if not self.reads_apart:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from launch import preflight
-from launch.checks import Check, of_error, problem
+from launch.checks import Check, State, of_error, problem
 from launch.finished import check_finished
 from launch.hostcheck import loopback_reduce, on_hosts
 from launch.hub import check_hub
@@ -20,6 +21,8 @@ from launch.memory import memory_check
 from launch.model_checks import check_models
 from launch.plan import Plan
 from rlhf.errors import UserError
+from rlhf.evaluation.reward_model import PASSES, judge_reward_model
+from rlhf.store import MANIFEST, read_manifest
 
 Way = Literal["dry-run", "doctor", "run"]
 
@@ -132,6 +135,21 @@ def _judge(asking: Asking) -> list[Check]:
     return asking.looked.judge
 
 
+def _reward_model(asking: Asking) -> list[Check]:
+    """One that is there already; step 2 says it of its own when it ends."""
+    checks = []
+    for item in asking.plan.steps:
+        for parent in item.parents:
+            if item.done or item.step != 3 or parent.name != "reward" or parent.here:
+                continue
+            ours = (Path(parent.path) / MANIFEST).is_file()
+            judged = judge_reward_model(read_manifest(parent.path).metrics if ours else {})
+            state: State = "ok" if judged.outcome == PASSES else "warn"
+            found = f"{judged.outcome}: {judged.reason}"
+            checks.append(Check("reward model", state, found, "", judged.remedy))
+    return checks
+
+
 def _finished(asking: Asking) -> list[Check]:
     return check_finished(asking.plan, asking.looked.sources)
 
@@ -176,6 +194,7 @@ CHECKS: tuple[Item, ...] = (
     Item("hub", _hub),
     Item("data", _data, always=True),
     Item("judge", _judge),
+    Item("reward model", _reward_model),
     Item("finished steps", _finished, always=True),
     Item("disk", _disk),
     Item("memory", _memory),

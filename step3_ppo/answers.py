@@ -22,8 +22,9 @@ T = TypeVar("T")
 
 
 def answer_ids(rollout: Rollout) -> list[list[int]]:
-    answers = rollout.input_ids[:, rollout.prompt_width :]
-    return [row[mask].tolist() for row, mask in zip(answers, rollout.answer_mask, strict=True)]
+    """The answers' tokens as they are judged: a stop string is not among them (16)."""
+    answers, masks = (x[:, rollout.prompt_width :] for x in rollout.read)
+    return [row[mask].tolist() for row, mask in zip(answers, masks, strict=True)]
 
 
 def prompt_indices(prompts: Sequence[str], wanted: int) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from rlhf import data, models
 from rlhf.data.judges import Judge, resolve_judge
 from rlhf.engine import comm
-from rlhf.evaluation.answers import AnswerRecord, paired_gain, summarise
+from rlhf.evaluation.answers import AnswerRecord
 from rlhf.evaluation.judging import judged
 from rlhf.evaluation.verdict import build_verdict, render
 from rlhf.harness import StepRun, run_step
@@ -113,7 +113,7 @@ def _intention(questions: Questions) -> str:
 def _identity(run: StepRun, questions: Questions) -> dict[str, Any]:
     """All that decides the answers, but for the number of processes."""
     rollout = questions.settings.rollout
-    names = ("engine", "max_new_tokens", "temperature", "top_k", "top_p", "stop")
+    names = ("engine", "max_new_tokens", "temperature", "stop")
     return {
         "policy": read_manifest(run.directory.artifact("ppo")).content_id,
         "parents": run.parent_ids(),
@@ -211,12 +211,12 @@ def _verdict(
     run: StepRun, held_out: data.StageData, answers: Answers, judge: Judge | None
 ) -> dict[str, Any]:
     return build_verdict(
-        models={k: summarise(rows, judge.good if judge else None) for k, rows in answers.items()},
-        gain=paired_gain(answers["ppo"], answers["sft"]),
-        samples=_samples(answers, run.config.step3.eval.samples),
+        answers,
+        held_out=held_out.held_out,
         sft=metrics_of(run.parent("sft")),
         reward=metrics_of(run.parent("reward")),
-        judge=judge.name if judge else None,
+        judge=judge,
+        samples=run.config.step3.eval.samples,
     )
 
 
@@ -237,16 +237,6 @@ def _amend_cards(run: StepRun, policy: Manifest, evaluation: dict[str, Any]) -> 
         {f"{part}/{CARD}": text for part, text in texts.items()},
         {"evaluation": evaluation},
     )
-
-
-def _samples(answers: Answers, count: int) -> list[dict[str, str]]:
-    """Answers to different prompts, side by side."""
-    prompts = [record.prompt for record in answers["sft"]]
-    chosen = list({prompt: i for i, prompt in reversed(list(enumerate(prompts)))}.values())
-    return [
-        {"prompt": prompts[i]} | {name: rows[i].answer for name, rows in answers.items()}
-        for i in sorted(chosen)[:count]
-    ]
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rlhf.algo.algorithms import Algorithm
 from rlhf.algo.importance import importance_weights, sampler_gap
-from rlhf.algo.kl import KLController
+from rlhf.algo.kl import ESTIMATORS, KLController, kl_estimate
 from rlhf.algo.rewards import missing_eos, normalize_and_clip_scores, token_rewards
-from rlhf.config.schema import PPOConfig, RolloutConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.schema import RolloutConfig
 from rlhf.data.batches import PromptBatch
 from rlhf.data.plan import Budget
 from rlhf.engine import comm
@@ -30,8 +31,6 @@ def generate(engine: Any, prompts: PromptBatch, settings: RolloutConfig) -> Roll
     sampling = SamplingConfig(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
         n_samples_per_prompt=settings.samples_per_prompt,
     )
     return Rollout.of(engine.generate(request, sampling))
@@ -54,9 +53,9 @@ def answer_values(engine: Any, rollout: Rollout) -> Tensor:
 
 
 def answer_scores(engine: Any, rollout: Rollout) -> Tensor:
-    """(N,) fp32 raw scores: the reward model's value at the last answer token (6)."""
-    mask = rollout.attention_mask
-    return last_values(engine(rollout.input_ids, mask, last_tokens(mask)), mask)
+    """(N,) fp32 raw scores: the reward model's value at the last token that it reads (6, 16)."""
+    ids, mask = rollout.read
+    return last_values(engine(ids, mask, last_tokens(mask)), mask)
 
 
 def score(
@@ -90,10 +89,11 @@ def score(
 
 def reward(
     rollout: Rollout,
-    algorithm: Algorithm,
     settings: PPOConfig,
     controller: KLController,
     statistics: tuple[float, float],
+    *,
+    kl_in_reward: bool,
 ) -> tuple[Rollout, dict[str, float]]:
     """3. Rewards of tokens; with what is worth logging, over all ranks."""
     scores, old = rollout.need("scores"), rollout.need("log_probs")
@@ -106,10 +106,12 @@ def reward(
         old,
         reference,
         rollout.answer_mask,
-        controller.coef if algorithm.kl_in_reward else 0.0,
-        settings.kl_estimator,
+        controller.coef if kl_in_reward else 0.0,
     )
-    log_ratio = (old - reference) * rollout.answer_mask
+    kl = {
+        kind: float((kl_estimate(old, reference, kind) * rollout.answer_mask).sum())
+        for kind in ESTIMATORS
+    }
     raw = scores.double()
     sums = comm.sum_over_ranks(
         {
@@ -119,9 +121,10 @@ def reward(
             "raw_squared": float((raw**2).sum()),
             "normalised": float(((scores - mean) / std).sum()),
             "reward": float(shaped.sum()),
-            "kl": float(log_ratio.sum()),
+            "read": float(rollout.read[1][:, rollout.prompt_width :].sum()),
             "ended": float(rollout.ended.sum()),
         }
+        | kl
     )
     answers, tokens = sums["answers"], max(sums["tokens"], 1.0)
     average = sums["raw"] / answers
@@ -130,16 +133,18 @@ def reward(
         "score_std": max(sums["raw_squared"] / answers - average**2, 0.0) ** 0.5,
         "score_normalised": sums["normalised"] / answers,
         "reward_mean": sums["reward"] / answers,
-        "kl_per_answer": sums["kl"] / answers,
-        "kl_per_token": sums["kl"] / tokens,
+        "kl_per_answer": sums["k1"] / answers,
+        "kl_per_token": sums["k1"] / tokens,
+        "kl_k2": sums["k2"] / tokens,
+        "kl_k3": sums["k3"] / tokens,
         "kl_coef": controller.coef,
-        "answer_length": tokens / answers,
+        "answer_length": sums["read"] / answers,
         "eos_fraction": sums["ended"] / answers,
         "answers": answers,
         "tokens": tokens,
     }
     controller.update(stats["kl_per_answer"], int(answers))
-    return replace(rollout, shaped_scores=shaped, token_rewards=rewards), stats
+    return replace(rollout, token_rewards=rewards), stats
 
 
 def credit(
@@ -155,7 +160,6 @@ def credit(
         token_rewards=rollout.need("token_rewards"),
         values=rollout.values,
         mask=rollout.answer_mask,
-        scores=rollout.need("shaped_scores"),
         group_size=group_size,
         gamma=settings.gamma,
         lam=settings.lam,

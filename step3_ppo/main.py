@@ -19,11 +19,12 @@ from rlhf.engine.memory import peak_memory
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ConfigError
 from rlhf.evaluation.answers import distinct_2
+from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
 from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
 from step3_ppo.answers import answer_ids
-from step3_ppo.cast import live_cast
+from step3_ppo.cast import live_cast, metrics_of
 from step3_ppo.conclude import publish
 from step3_ppo.evaluation import evaluate, refuse_judge
 from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
@@ -51,6 +52,7 @@ def main(run: StepRun) -> None:
         iterations = settings.iterations or max(len(prompts) // per_iteration, 1)
 
     with run.phase("load the four models"):
+        run.say(judge_reward_model(metrics_of(reward)).line())
         steps = settings.ppo.epochs * settings.ppo.minibatches
         roles = load_roles(
             settings,
@@ -182,6 +184,7 @@ class Trainer:
         """All iterations that are left; yields each one's figures (metric glossary: README.md)."""
         settings = self.run.config.step3
         rollout_settings, ppo, critic = settings.rollout, settings.ppo, self.roles.critic
+        kl_in_reward = settings.kl_place == "reward"
         size = data.Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         for prompts in itertools.islice(self._prompt_batches(), self.iterations - self.iteration):
             clock = Clock()
@@ -197,7 +200,9 @@ class Trainer:
             )
             check_finite(rollout)
             # 3. Rewards of tokens.
-            rollout, stats = reward(rollout, self.algorithm, ppo, self.controller, self.statistics)
+            rollout, stats = reward(
+                rollout, ppo, self.controller, self.statistics, kl_in_reward=kl_in_reward
+            )
             check_kl(rollout, stats["kl_per_token"], ppo.max_kl)
             clock.lap("score")
             # 4. Advantages and returns.
@@ -220,7 +225,7 @@ class Trainer:
                 micro_batch_size=size,
                 seed=self.run.config.seed + 7919 * self.iteration + 100_003 * self.run.rank,
                 train_actor=self.iteration >= ppo.critic_warmup,
-                kl_loss_coef=self._kl_loss_coef(),
+                kl_loss_coef=self._kl_loss_coef(stats["kl_coef"]),
                 ptx=self.ptx,
                 after_step=self.ema.update if self.ema else None,
                 began=began,
@@ -236,12 +241,12 @@ class Trainer:
         ppo = self.run.config.step3.ppo
         return credit(batch, self.algorithm, ppo, 1, whiten=False).need("returns")
 
-    def _kl_loss_coef(self) -> float:
-        """Algorithms without KL in the reward have it in the loss (22, 37)."""
-        ppo = self.run.config.step3.ppo
-        if self.algorithm.kl_in_reward:
-            return ppo.kl_loss_coef
-        return ppo.kl_loss_coef or self.controller.coef
+    def _kl_loss_coef(self, coef: float) -> float:
+        """Set: that; unset: the iteration's `coef` where the KL is in the loss (22, 37)."""
+        settings = self.run.config.step3
+        if settings.ppo.kl_loss_coef is not None:
+            return settings.ppo.kl_loss_coef
+        return coef if settings.kl_place == "loss" else 0.0
 
     def _speed(self, clock: Clock, tokens: float) -> dict[str, float]:
         total = sum(clock.seconds.values())

@@ -75,6 +75,8 @@ def load_roles(
     )
     critic_engine = None
     if value is not None:
+        if not settings.ppo.normalize_score:
+            value.set_statistics(0.0, 1.0)  # returns are sums of raw scores: so are values
         say(f"critic: {models.describe(value, critic_dtype)}")
         role = settings.critic
         critic_engine = TrainEngine(
@@ -126,7 +128,7 @@ def _shares(settings: RLConfig, sft: str, reward: str, needs_critic: bool, say: 
 
 
 def _critic(settings: RLConfig, reward: str, dtype: str, common: dict[str, Any]) -> Any:
-    """Starts from the reward model (34), on the scale of its normalised scores."""
+    """Starts from the reward model (34), on the scale of its scores."""
     role = settings.critic
     return models.load_scalar(
         role.model.name or reward,

@@ -17,6 +17,9 @@ from rlhf.rollout.generation import Generation
 class Rollout:
     """N answers of this rank, with everything that the update reads.
 
+    An answer is what was sampled. With stop strings there is a second form: `read_ids`, in which
+    EOS stands for the stop string, is what the reward model and all who judge read (16).
+
     P is the width of the left-padded prompts, A of the right-padded answers. Rows k n ... k n + n-1
     answer one prompt (n = samples per prompt). Masks are bool, True = counts.
     """
@@ -25,12 +28,13 @@ class Rollout:
     attention_mask: Tensor  # (N, P + A) bool
     answer_mask: Tensor  # (N, A) bool, up to and including the token that ended the answer
     ended: Tensor  # (N,) bool, False where the length limit ended it
+    read_ids: Tensor | None = None  # (N, P + R) int64; None: read as sampled
+    read_mask: Tensor | None = None  # (N, P + R) bool
     log_probs: Tensor | None = None  # (N, A) fp32, under the policy that sampled
     sampler_log_probs: Tensor | None = None  # (N, A) fp32, as another engine (vLLM) reports them
     ref_log_probs: Tensor | None = None  # (N, A) fp32
     values: Tensor | None = None  # (N, A) fp32, before each token
     scores: Tensor | None = None  # (N,) fp32, raw: neither normalised nor clipped
-    shaped_scores: Tensor | None = None  # (N,) fp32, normalised, clipped, less a missing EOS
     token_rewards: Tensor | None = None  # (N, A) fp32
     advantages: Tensor | None = None  # (N, A) fp32
     returns: Tensor | None = None  # (N, A) fp32
@@ -42,6 +46,8 @@ class Rollout:
             attention_mask=generation.attention_mask.bool(),
             answer_mask=generation.answer_mask,
             ended=generation.ended,
+            read_ids=generation.read_ids,
+            read_mask=generation.read_mask,
             log_probs=generation.log_probs,
             sampler_log_probs=generation.sampler_log_probs,
         )
@@ -63,6 +69,13 @@ class Rollout:
         return self.input_ids.shape[1] - self.answer_mask.shape[1]
 
     @property
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Prompt and answer as they are judged: (N, P + R) ids and bool mask."""
+        if self.read_ids is None or self.read_mask is None:
+            return self.input_ids, self.attention_mask
+        return self.read_ids, self.read_mask
+
+    @property
     def score_mask(self) -> Tensor:
         """(N, P + A) bool: the answer tokens, in the columns of `input_ids`."""
         return torch.nn.functional.pad(self.answer_mask, (self.prompt_width, 0))
@@ -72,6 +85,9 @@ class Rollout:
         mask, answers = self.attention_mask[index], self.answer_mask[index]
         left = int(mask.long().argmax(dim=1).min())
         width = max(int(answers.sum(dim=1).max()), 1)
+        read_width = 0
+        if self.read_mask is not None:
+            read_width = int(self.read_mask[index, self.prompt_width :].sum(dim=1).max())
         changed: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -80,6 +96,8 @@ class Rollout:
             value = value[index]
             if field.name in ("input_ids", "attention_mask"):
                 value = value[:, left : self.prompt_width + width]
+            elif field.name in ("read_ids", "read_mask"):
+                value = value[:, left : self.prompt_width + read_width]
             elif value.dim() == 2:
                 value = value[:, :width]
             changed[field.name] = value

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.algo.advantages import explained_variance
 from rlhf.algo.losses import kl_loss, policy_loss, sum_of_nll, value_loss
-from rlhf.config.schema import PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.data.batches import IGNORED, SFTBatch
 from rlhf.data.plan import Budget
 from rlhf.engine import comm
@@ -194,7 +194,8 @@ def actor_step(
             if settings.entropy_coef:
                 loss = loss - settings.entropy_coef * entropy.sum()
             if kl_loss_coef:
-                penalty, _ = kl_loss(log_probs, flat["ref_log_probs"][where], mask)
+                reference = flat["ref_log_probs"][where]
+                penalty, _ = kl_loss(log_probs, reference, mask, settings.kl_loss)
                 totals.add({"kl_loss": penalty})
                 loss = loss + kl_loss_coef * penalty
             return loss

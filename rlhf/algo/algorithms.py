@@ -17,8 +17,8 @@ Credited = tuple[Tensor, Tensor | None]
 class Credit(Protocol):
     """(advantages (B, A), returns (B, A) or None), float32, without gradient, 0 off the mask.
 
-    token_rewards (B, A): from `rewards.token_rewards`, with the KL term if `kl_in_reward`;
-    values (B, A) before each token, or None without a critic; mask (B, A) bool; scores (B,);
+    token_rewards (B, A): from `rewards.token_rewards`: the score, and the KL term if it is in the
+    reward; values (B, A) before each token, or None without a critic; mask (B, A) bool;
     rows k n ... k n + n - 1 answer one prompt, n = group_size; `whiten` and `group_std` are the
     user's settings, which a rule may not know; `all_reduce` sums over ranks. Every rank calls.
     Raises ValueError for shapes that do not fit or missing values.
@@ -30,7 +30,6 @@ class Credit(Protocol):
         token_rewards: Tensor,
         values: Tensor | None,
         mask: Tensor,
-        scores: Tensor,
         group_size: int,
         gamma: float,
         lam: float,
@@ -45,12 +44,11 @@ class Algorithm:
     """An entry of ALGORITHMS.
 
     needs_critic: `credit` needs values and gives the returns to train them on.
-    kl_in_reward: the KL to the reference is part of the token rewards; else it is a loss term.
+    Where the KL to the reference counts is a setting: `RLConfig.kl_place`.
     """
 
     name: str
     needs_critic: bool
-    kl_in_reward: bool
     credit: Credit
 
 
@@ -74,16 +72,19 @@ def _ppo(
 
 
 @torch.no_grad()
-def _grpo(*, mask: Tensor, scores: Tensor, group_size: int, group_std: bool, **_: Any) -> Credited:
+def _grpo(
+    *, token_rewards: Tensor, mask: Tensor, group_size: int, group_std: bool, **_: Any
+) -> Credited:
     """Every token gets its answer's standing in the group (37). `whiten` does not apply."""
-    per_answer = adv.group_advantages(scores, group_size, group_std, valid=mask.any(1))
+    whole = _whole(token_rewards, mask)
+    per_answer = adv.group_advantages(whole, group_size, group_std, valid=mask.any(1))
     return _on_tokens(per_answer, mask), None
 
 
 @torch.no_grad()
 def _rloo(*, token_rewards: Tensor, mask: Tensor, group_size: int, **_: Any) -> Credited:
     """Every token gets its answer's whole reward, KL included, over the others' mean (37)."""
-    whole = torch.where(mask, token_rewards.float(), 0.0).sum(1)
+    whole = _whole(token_rewards, mask)
     return _on_tokens(adv.leave_one_out(whole, group_size, valid=mask.any(1)), mask), None
 
 
@@ -102,6 +103,11 @@ def _reinforce_pp(
     return adv.whiten(advantages, mask, all_reduce) if whiten else advantages, None
 
 
+def _whole(token_rewards: Tensor, mask: Tensor) -> Tensor:
+    """An answer's reward: (B, A) -> (B,) float32."""
+    return torch.where(mask, token_rewards.float(), 0.0).sum(1)
+
+
 def _on_tokens(per_answer: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, per_answer.unsqueeze(1), 0.0)
 
@@ -109,9 +115,9 @@ def _on_tokens(per_answer: Tensor, mask: Tensor) -> Tensor:
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
     for algorithm in (
-        Algorithm("ppo", needs_critic=True, kl_in_reward=True, credit=_ppo),
-        Algorithm("grpo", needs_critic=False, kl_in_reward=False, credit=_grpo),
-        Algorithm("rloo", needs_critic=False, kl_in_reward=True, credit=_rloo),
-        Algorithm("reinforce++", needs_critic=False, kl_in_reward=True, credit=_reinforce_pp),
+        Algorithm("ppo", needs_critic=True, credit=_ppo),
+        Algorithm("grpo", needs_critic=False, credit=_grpo),
+        Algorithm("rloo", needs_critic=False, credit=_rloo),
+        Algorithm("reinforce++", needs_critic=False, credit=_reinforce_pp),
     )
 }

@@ -79,9 +79,13 @@ def value_loss(
 
 
 def kl_loss(
-    log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kind: str = "k3"
+    log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kind: str = "k2"
 ) -> tuple[Tensor, Stats]:
     """KL estimate as a loss (22, 37), summed: all (B, A) -> scalar float32. Stats: `tokens`.
+
+    For tokens that the policy sampled, k2's expected gradient is that of each token's own KL,
+    sum_a p(a) log(p(a) / q(a)); k3's is that of KL(q || p) there (arXiv 2510.01555). Neither has
+    the KL that a token causes in later ones, which k1 in the reward has.
 
     Raises ValueError for k1: the expectation of its gradient is 0, it would only add noise.
     """

@@ -40,16 +40,18 @@ def token_rewards(
     ref_log_probs: Tensor,
     mask: Tensor,
     kl_coef: float,
-    estimator: str = "k1",
 ) -> Tensor:
-    """-kl_coef * KL on each counted token, plus the score on the last counted one (21-23).
+    """-kl_coef * k1 on each counted token, plus the score on the last counted one (21-23).
+
+    k1 = log_probs - ref_log_probs, and no other estimator: a policy gradient with k1 as the reward
+    is that of the KL of whole answers, while k2 and k3 there point elsewhere (22).
 
     Shapes: scores (B,), log_probs, ref_log_probs and mask (B, A) -> (B, A) float32, 0 where the
     mask is False. A row without a counted token has no reward. With kl_coef 0 only the scores
-    remain. Raises ValueError for shapes that do not fit or an unknown estimator.
+    remain. Raises ValueError for shapes that do not fit.
     """
     require_shape(mask.shape, log_probs=log_probs, ref_log_probs=ref_log_probs)
     require_shape(mask.shape[:1], scores=scores)
-    penalty = -kl_coef * kl_estimate(log_probs, ref_log_probs, estimator)
+    penalty = -kl_coef * kl_estimate(log_probs, ref_log_probs, "k1")
     at_end = torch.where(last_counted(mask), scores.float().unsqueeze(-1), 0.0)
     return torch.where(mask, penalty, 0.0) + at_end

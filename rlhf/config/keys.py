@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlhf.config.escapes import TEXT_SETTINGS, read_list, unescaped
+from rlhf.config.removed import remedy
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
 
@@ -98,7 +99,9 @@ def nearest(wrong: str, names: Iterable[str], count: int = 1) -> list[str]:
 
 
 def unknown_key(wrong: str, names: Iterable[str] | None = None, where: str = "") -> ConfigError:
-    """The error for a key that does not exist, naming the nearest that does."""
+    """The error for a key that does not exist: what replaced it, or the nearest that does."""
+    if instead := remedy(wrong):
+        return ConfigError(f"{where}{wrong!r} is no longer a setting: {instead}.")
     close = nearest(wrong, leaves() if names is None else names)
     hint = f"Did you mean {close[0]!r}?" if close else "`--print-config` shows all settings."
     return ConfigError(f"{where}unknown setting {wrong!r}. {hint}")

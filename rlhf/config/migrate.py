@@ -12,16 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf.config import removed
 from rlhf.config.keys import leaves, lookup
 from rlhf.config.trees import flatten, nest
 
 SCHEMA_VERSION = 1
 
 Flat = dict[str, Any]
+
+
+def _kl_loss_coef_unset(found: Flat) -> Flat:
+    """0 meant "unset" once, which is null now, and 0 is 0."""
+    name = "step3.ppo.kl_loss_coef"
+    return found | {name: None} if found.get(name) == 0 else found
+
+
 # schema_version of a record -> its settings (dotted name -> value), as the next version has them.
-MIGRATIONS: dict[int, Callable[[Flat], Flat]] = {}
+MIGRATIONS: dict[int, Callable[[Flat], Flat]] = {0: _kl_loss_coef_unset}
 # Settings that no longer exist -> the default that they had: with it they decide nothing.
-REMOVED: dict[str, Any] = {}
+REMOVED: dict[str, Any] = {name: one.default for name, one in removed.REMOVED.items()}
 
 
 def migrated(settings: Mapping[str, Any], version: int) -> Flat:

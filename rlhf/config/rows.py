@@ -40,3 +40,8 @@ class RowsConfig(Section):
         "last",
         "Which assistant turns of a conversation step 1 learns. Steps 2 and 3: always the last.",
     )
+    long_prompts: Literal["truncate", "drop"] = doc(
+        "truncate",
+        "A prompt over the limit: its oldest turns go (of text that is no dialogue: the left end), "
+        "or the row is dropped.",
+    )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
+from rlhf.config.ppo import PPOConfig
 from rlhf.config.rows import RowsConfig
 from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
 
@@ -56,11 +57,6 @@ class DataConfig(RowsConfig):
     )
     max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
     max_train_rows: Positive | None = doc(None, "At most so many training rows per step.")
-    long_prompts: Literal["truncate", "drop"] = doc(
-        "truncate",
-        "A prompt over the limit: its oldest turns go (of text that is no dialogue: the left end), "
-        "or the row is dropped.",
-    )
     max_bad_rows: NonNegative = doc(
         100, "More unusable rows than this stop the run; each is counted and located."
     )
@@ -225,9 +221,9 @@ class RolloutConfig(Section):
     max_prompt_length: Positive | None = doc(None, "Unset: as in step 1.")
     max_new_tokens: Positive = doc(256, "Longest answer.")
     temperature: float = doc(1.0, "Sampling temperature; scoring uses the same.", gt=0)
-    top_k: NonNegative = doc(0, "Sample among the k likeliest tokens; 0: all.")
-    top_p: float = doc(1.0, "Sample within this probability mass.", gt=0, le=1)
-    stop: list[str] = doc([], "Strings that end an answer.")
+    stop: list[str] = doc(
+        [], "Strings that end an answer; the reward model reads EOS in their place."
+    )
     importance_cap: float | None = doc(
         None, "With `vllm`: policy terms are weighted by p / p_vllm, at most this.", ge=1
     )
@@ -243,55 +239,12 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _importance(self) -> RolloutConfig:
-        if self.importance_cap is None:
-            return self
-        if self.engine != "vllm":
+        if self.importance_cap is not None and self.engine != "vllm":
             raise ValueError(
                 f"importance_cap {self.importance_cap} corrects for another engine's rounding, and "
                 f"engine {self.engine!r} samples with the policy itself: leave it unset"
             )
-        if self.temperature != 1 and (self.top_k or self.top_p < 1):
-            raise ValueError(
-                "importance_cap needs the log-probs that vLLM sampled with, which it does not tell "
-                "with a temperature and top_k or top_p together: use one or the other"
-            )
         return self
-
-
-class PPOConfig(Section):
-    kl_coef: float = doc(
-        0.05, "Weight of the KL penalty in the reward (first value if adaptive).", ge=0
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = doc("k1", "KL estimator in the reward.")
-    kl_target: float | None = doc(None, "Nats per answer; set: the coefficient adapts to it.", gt=0)
-    kl_horizon: float = doc(10_000.0, "Answers over which the coefficient adapts.", gt=0)
-    kl_loss_coef: float = doc(0.0, "Weight of the k3 KL loss (GRPO).", ge=0)
-    gamma: Fraction = doc(1.0, "Discount per token.")
-    lam: Fraction = doc(0.95, "GAE lambda.")
-    clip: float = doc(0.2, "Policy ratio clip.", gt=0)
-    value_clip: float = doc(0.2, "Value clip around the rollout's values.", gt=0)
-    score_clip: float = doc(5.0, "Scores are clipped to +- this, before the KL term.", gt=0)
-    normalize_score: bool = doc(True, "Score - mean / std with the reward artifact's statistics.")
-    missing_eos_penalty: float = doc(1.0, "Taken from the score of an answer without EOS.", ge=0)
-    whiten_advantages: bool = doc(True, "Mean 0, std 1 over the global batch.")
-    group_std: bool = doc(True, "GRPO divides by the group's standard deviation.")
-    old_log_probs: Literal["auto", "rollout", "forward"] = doc(
-        "auto",
-        "Where the ratio's old log-probs come from: captured by the rollout, or a forward of the "
-        "actor (also where the rollout captures none); `auto`: rollout in float32, else forward.",
-    )
-    epochs: Positive = doc(2, "PPO epochs over each rollout.")
-    minibatches: Positive = doc(1, "Optimiser steps per PPO epoch.")
-    target_kl: float | None = doc(None, "Stop the PPO epochs when approx_kl passes this.", gt=0)
-    max_kl: float = doc(
-        3.0,
-        "Nats per token: a policy this far from the reference has diverged; the step rolls back.",
-        gt=0,
-    )
-    entropy_coef: float = doc(0.0, "Weight of the entropy bonus.", ge=0)
-    critic_warmup: NonNegative = doc(0, "First iterations that train only the critic.")
-    ptx_coef: float = doc(0.0, "Weight of the SFT loss mixed into the update.", ge=0)
-    ema_decay: float | None = doc(None, "Keep an average of the actor with this decay.", gt=0, lt=1)
 
 
 class RoleConfig(Section):
@@ -330,6 +283,22 @@ class RLConfig(Section):
     micro_batch_tokens: Positive | None = doc(None, MICRO_BATCH_TOKENS)
     log_every: Positive = doc(1, "Log every so many iterations.")
     eval: EvalConfig = doc(EvalConfig, "The verdict at the end.")
+
+    @property
+    def kl_place(self) -> Literal["reward", "loss"]:
+        """Where the KL to the reference counts: GRPO's own place is the loss (ALGORITHM.md 37)."""
+        return self.ppo.kl_in or ("loss" if self.algorithm == "grpo" else "reward")
+
+    @model_validator(mode="after")
+    def _kl(self) -> RLConfig:
+        fixed, target = self.ppo.kl_loss_coef, self.ppo.kl_target
+        if self.kl_place == "loss" and fixed is not None and target is not None:
+            raise ValueError(
+                f"ppo.kl_loss_coef {fixed} is the weight of the KL loss, so ppo.kl_target {target} "
+                "could not adapt it: unset ppo.kl_loss_coef (then ppo.kl_coef is the first value "
+                "that adapts), or unset ppo.kl_target"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups(self) -> RLConfig:

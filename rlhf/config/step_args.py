@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from rlhf.config.escapes import TEXT_SETTINGS, unescaped
 from rlhf.config.explain import explain
-from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value
+from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value, unknown_key
 from rlhf.config.load import build_config, load_config, read_yaml, with_values
 from rlhf.config.migrate import migrated
+from rlhf.config.removed import remedy
 from rlhf.config.resolve import check_batches, refuse_redacted, resolve_step
 from rlhf.config.schema import ResolvedStep
 from rlhf.config.trees import flatten, nest
@@ -96,6 +97,8 @@ def find_key(name: str, step: int) -> Key:
                 f"--{name} could mean several settings of step {step}: write one of "
                 + ", ".join(f"--{choice}" for choice in found)
             )
+    if remedy(name):
+        raise unknown_key(name)
     own = [n for n in names if n.startswith((section, *_SHARED)) or "." not in n]
     close = nearest(name, own, count=3)
     hint = f"did you mean {' or '.join(f'--{n}' for n in close)}?" if close else "see the schema"

@@ -17,7 +17,7 @@ import jinja2
 from rlhf.config.schema import DataConfig, ResolvedStep
 from rlhf.data.shapes import shapes_of
 from rlhf.data.shapes.detect import FIRST_ROWS
-from rlhf.data.sources import BadRow, open_data_sets
+from rlhf.data.sources import BadRow, DataSet, open_data_sets
 from rlhf.data.templates import DEFAULT, TEMPLATES, Messages, sandbox_render, template_text
 from rlhf.errors import ConfigError
 
@@ -143,10 +143,10 @@ def _single(template: str, content: str) -> str:
     return sandbox_render(TEMPLATES.get(template, template), messages)
 
 
-def first_prompts(data: DataConfig) -> Prompts:
+def first_prompts(data: DataConfig, sets: Sequence[DataSet] | None = None) -> Prompts:
     """The prompts of the first rows of every file. Raises what `prepare` raises for them."""
     conversations, texts = 0, dict[str, None]()
-    for one in open_data_sets(data):
+    for one in open_data_sets(data) if sets is None else sets:
         for shape, parts in shapes_of(one, data):
             for part in parts:
                 for _, row in islice(part.rows(), FIRST_ROWS):
@@ -189,12 +189,15 @@ def one_template(found: Any) -> str | None:
     return found or None
 
 
-def stage_templates(stages: Sequence[ResolvedStep]) -> list[Template]:
+def stage_templates(
+    stages: Sequence[ResolvedStep], sets: Sequence[DataSet] | None = None
+) -> list[Template]:
     """The decision of each step of a run that is planned, in the order of the steps.
 
-    A parent that this run has yet to train will carry what its step decides on.
+    sets: the run's opened data sets; they are opened where they are not given. A parent that this
+    run has yet to train will carry what its step decides on.
     """
-    prompts = first_prompts(stages[0].config.data)
+    prompts = first_prompts(stages[0].config.data, sets)
     found: list[Template] = []
     first: Template | None = None
     for stage in stages:

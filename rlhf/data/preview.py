@@ -28,12 +28,13 @@ from rlhf.config.hub_cache import is_cached
 from rlhf.config.keys import nearest
 from rlhf.config.names import hub_dataset
 from rlhf.config.schema import DataConfig, ResolvedStep
+from rlhf.data.decision import UNKNOWN, Template, stage_templates
 from rlhf.data.encode import needed_answers
 from rlhf.data.sample import ANSWERS, Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import SOURCES, BadRow, DataSet, Part, Row, kind_of
 from rlhf.data.sources.base import NoPreference
-from rlhf.data.templates import TEMPLATES, Messages
+from rlhf.data.templates import TEMPLATES, Messages, sandbox_render
 from rlhf.errors import UserError
 from rlhf.redact import redact
 
@@ -71,8 +72,18 @@ def look(stages: Sequence[ResolvedStep], download: bool = False) -> Preview:
     found = Preview()
     data = stages[0].config.data
     sets = _opened(data, download, found)
-    for stage in stages:
-        found.stages.append({"step": stage.step, "lines": _stage(stage, sets, found)})
+    templates: Sequence[Template | None] = [None] * len(stages)
+    refused: UserError | None = None
+    try:
+        templates = stage_templates(stages, sets) if sets else templates
+    except UserError as error:
+        refused = error
+    for stage, template in zip(stages, templates, strict=True):
+        lines = _stage(stage, sets, template, found)
+        said = [f"chat template: {template.sentence}"] if template else []
+        found.stages.append({"step": stage.step, "lines": [*said, *lines]})
+    if refused is not None:  # last: of a fault of the rows the stage knows the remedy
+        _add(found, Problem("data.template", str(refused), "", refused.exit_code))
     return found
 
 
@@ -112,11 +123,13 @@ def _rows_of(part: Part) -> int | None:
         return None
 
 
-def _stage(stage: ResolvedStep, sets: Sequence[DataSet], found: Preview) -> list[str]:
+def _stage(
+    stage: ResolvedStep, sets: Sequence[DataSet], template: Template | None, found: Preview
+) -> list[str]:
     data = stage.config.data
     lines: list[str] = []
     try:
-        maker = SampleMaker(data, _plain_text, TEMPLATES.get(data.template, data.template))
+        maker = _maker(data, template)
         for one in sets:
             for shape, parts in shapes_of(one, data):
                 for part in (part for part in parts if not part.held_out):
@@ -205,6 +218,19 @@ def _shown(sample: Sample) -> Iterator[str]:
     for name in ANSWERS:
         if text := getattr(sample, name):
             yield f"  {name:8} {text[:200]!r}"
+
+
+def _maker(data: DataConfig, template: Template | None) -> SampleMaker:
+    """Conversations as the template writes them, without bos and eos; where the model that brings
+    it is not here yet, only whether they are whole is asked."""
+    if template is None or template.text == UNKNOWN:
+        return SampleMaker(data, _plain_text, "tools tool_calls reasoning_content")
+    text = TEMPLATES.get(template.text, template.text)
+
+    def written(messages: Messages, generate: bool, tools: Any = None, /) -> str:
+        return sandbox_render(text, messages, generate, tools)
+
+    return SampleMaker(data, written, text)
 
 
 def _plain_text(messages: Messages, generate: bool, tools: Any = None, /) -> str:

@@ -129,8 +129,8 @@ def template_bos(tokenizer: Any, text: str) -> str:
     return bos if bos and rendered.startswith(bos) else ""
 
 
-def sandbox_render(text: str, messages: Messages) -> str:
-    """Messages ended where the answer begins, without a tokenizer: bos and eos are empty.
+def sandbox_render(text: str, messages: Messages, generate: bool = True, tools: Any = None) -> str:
+    """`render` without a tokenizer: bos and eos are empty.
 
     As transformers does it, in Jinja's sandbox. Raises jinja2.TemplateError.
     """
@@ -146,7 +146,11 @@ def sandbox_render(text: str, messages: Messages) -> str:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(text).render(
-            messages=messages, add_generation_prompt=True, bos_token="", eos_token="", tools=None
+            messages=messages,
+            add_generation_prompt=generate,
+            bos_token="",
+            eos_token="",
+            tools=tools,
         )
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error

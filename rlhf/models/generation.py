@@ -10,14 +10,15 @@ from rlhf.config.schema import RolloutConfig
 def sampling_settings(rollout: RolloutConfig) -> dict[str, Any]:
     """What makes `model.generate()` sample as the rollout does, for transformers' GenerationConfig.
 
-    `top_k` is always written: transformers' own default is 50. With `stop_strings` transformers
+    Training samples among all tokens (14). That is written, since transformers' own default is
+    top_k 50. With `stop_strings` transformers
     needs the tokenizer: `model.generate(..., tokenizer=tokenizer)`.
     """
     settings: dict[str, Any] = {
         "do_sample": True,
         "temperature": rollout.temperature,
-        "top_k": rollout.top_k,
-        "top_p": rollout.top_p,
+        "top_k": 0,
+        "top_p": 1.0,
         "max_new_tokens": rollout.max_new_tokens,
     }
     return settings | ({"stop_strings": list(rollout.stop)} if rollout.stop else {})
@@ -35,7 +36,7 @@ def end_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
     others = sorted({int(i) for i in listed if i is not None} - {eos, tokenizer.pad_token_id})
     if not others:
         return (eos,)
-    added = tokenizer.added_tokens_decoder
+    added = getattr(tokenizer, "added_tokens_decoder", {})
     return (eos, *(i for i in others if i in added and added[i].special))
 
 

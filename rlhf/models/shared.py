@@ -11,6 +11,7 @@ and counts nothing of another role's.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,7 +213,7 @@ def share(
     if lora is not None:
         added = lora_config(model, lora, task="CAUSAL_LM", dropout=False)
         model.add_adapter(CRITIC, added)
-        critic = SharedScalar(model, (*trained, CRITIC), config, head)
+        critic = SharedScalar(model, (*trained, CRITIC), copy.deepcopy(config), head)
     judge = SharedScalar(model, trained, config, head)
     for name, parameter in model.named_parameters():
         owner = _OF_ADAPTER.search(name)

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from deepspeed.runtime.rollout import RolloutEngine
+from deepspeed.runtime.rollout import RolloutEngine, RolloutRequest
 from torch import Tensor
 
 from rlhf.errors import ConfigError
 from rlhf.models.generation import end_ids
-from rlhf.rollout.generation import base_model, causal_lm, special_ids
+from rlhf.rollout.generation import Generation, assemble, base_model, causal_lm, special_ids
 from rlhf.rollout.stopping import StopStrings
 
 
@@ -68,6 +68,34 @@ class Rollouts(RolloutEngine):
         for other in self.eos_ids[1:]:
             found |= tokens == other
         return found
+
+    def finished(
+        self,
+        request: RolloutRequest,
+        samples: int,
+        answers: Tensor,
+        lengths: Tensor,
+        ended: Tensor,
+        log_probs: Tensor | None = None,
+    ) -> Generation:
+        """`assemble`, and with stop strings the answers as they are read (16).
+
+        An answer that has no room for EOS in the place of its stop string has not ended.
+        """
+        limit = answers.shape[1]
+        out = assemble(request, samples, answers, lengths, ended, self.pad, log_probs)
+        if not self.stop:
+            return out
+        rows: list[list[int]] = []
+        for row, (ids, mask) in enumerate(zip(out.answers, out.answer_mask, strict=True)):
+            sampled: list[int] = ids[mask].tolist()
+            if out.ended[row] and sampled[-1] not in self.eos_ids:
+                read = self.stop.read(sampled, self.eos, limit)
+                out.ended[row] = read is not None
+                sampled = read or sampled
+            rows.append(sampled)
+        out.read_ids, out.read_mask = out.with_answers(rows, self.pad)
+        return out
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do where generation reads the trained weights themselves."""

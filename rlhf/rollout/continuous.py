@@ -22,7 +22,6 @@ from rlhf.rollout.base import Rollouts
 from rlhf.rollout.forward import Forward, ModuleForward, forward_of
 from rlhf.rollout.generation import (
     Generation,
-    assemble,
     causal_lm,
     check_fits,
     evaluating,
@@ -146,14 +145,8 @@ class _Run:
                 "rollout: the policy's logits are not finite; its weights have diverged: go back "
                 "to an earlier checkpoint with a lower learning rate"
             )
-        return assemble(
-            self.request,
-            self.samples,
-            self.answers,
-            self.counts,
-            self.ended,
-            self.owner.pad,
-            self.log_probs,
+        return self.owner.finished(
+            self.request, self.samples, self.answers, self.counts, self.ended, self.log_probs
         )
 
     def _joining(self) -> int:

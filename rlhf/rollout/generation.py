@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,10 @@ class Generation(RolloutBatch):
     exact: bool = False
     # (B, A) fp32: what another engine (vLLM) says it sampled with; never old log-probs.
     sampler_log_probs: Tensor | None = None
+    # With stop strings: prompt + answer as they are read by who judges the answer, (B, P + R)
+    # int64, the mask (B, P + R) bool. A stop string is removed, EOS is in its place (16).
+    read_ids: Tensor | None = None
+    read_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +50,17 @@ class Generation(RolloutBatch):
                     f"{name} {tuple(given.shape)} must have answer_mask's shape "
                     f"{tuple(self.answer_mask.shape)}"
                 )
+
+    def with_answers(self, rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+        """(B, P + R) int64 ids and bool mask: these prompts, then other answers, right-padded."""
+        start = self.seq_len - self.answer_mask.shape[1]
+        prompts, mask = self.input_ids[:, :start], self.attention_mask[:, :start].bool()
+        width = max(map(len, rows))
+        padded = [[*row, *[pad] * (width - len(row))] for row in rows]
+        lengths = torch.tensor([len(row) for row in rows], device=prompts.device)
+        real = torch.arange(width, device=prompts.device) < lengths[:, None]
+        answers = torch.tensor(padded, device=prompts.device)
+        return torch.cat([prompts, answers], dim=1), torch.cat([mask, real], dim=1)
 
     @property
     def answers(self) -> Tensor:

@@ -24,7 +24,6 @@ from rlhf.models.generation import without_text
 from rlhf.rollout.base import Rollouts
 from rlhf.rollout.generation import (
     Generation,
-    assemble,
     base_model,
     causal_lm,
     check_fits,
@@ -74,7 +73,7 @@ class HybridRollout(Rollouts):
                 parts.append(nn.functional.pad(part, (0, missing), value=self.pad))
         answers = torch.cat(parts)
         lengths, ended = self._ends(answers)
-        return assemble(request, samples, answers, lengths, ended, self.pad)
+        return self.finished(request, samples, answers, lengths, ended)
 
     @contextmanager
     def _random(self) -> Iterator[None]:

@@ -1,8 +1,12 @@
-"""Stop strings: which token completes one.
+"""Stop strings: which token completes one, and the answer without it.
 
 An answer ends at the first token after which the decoded answer contains a stop string. Decoding
 is Python work, so a table over the vocabulary first picks the few tokens that could complete one:
 their text contains the last character of a stop string, or a fragment of a character.
+
+Such an answer has two forms (ALGORITHM.md 16). What was *sampled*, up to the token that completed
+the stop string, is what the policy did: those tokens have log-probs, KL and advantages. What is
+*read*, by the reward model and everybody who judges, is the text before the stop string and EOS.
 """
 
 from __future__ import annotations
@@ -53,6 +57,34 @@ class StopStrings:
                     ends[row] = position + 1
                     break
         return ends
+
+    def read(self, tokens: list[int], eos: int, limit: int) -> list[int] | None:
+        """The tokens as they are read: those whose text ends before the stop string, then EOS.
+
+        `tokens`: a sampled answer whose last token completed a stop string. Where the stop string
+        begins inside a token, that token's text before it is encoded anew, and, should that not
+        give the same text, all of it. None if the result has more than `limit` tokens: there was
+        no room left for an end.
+        """
+        text = self._decode(tokens)
+        text = text[: min(at for stop in self._stop if (at := text.find(stop)) >= 0)]
+        count = len(tokens) - 1
+        while count and not text.startswith(self._decode(tokens[:count])):
+            count -= 1
+        kept = tokens[:count]
+        rest = text[len(self._decode(kept)) :]
+        if rest:
+            kept = kept + self._encode(rest)
+            if self._decode(kept) != text:
+                kept = self._encode(text)
+        return [*kept, eos] if len(kept) < limit else None
+
+    def _encode(self, text: str) -> list[int]:
+        """Text as text: a special token's name in it is no special token."""
+        ids: list[int] = self._tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+        return ids
 
     def _contains(self, tokens: Tensor) -> bool:
         text = self._decode(tokens.tolist())

@@ -29,7 +29,6 @@ from rlhf.errors import ConfigError, RequirementError
 from rlhf.rollout.base import Rollouts
 from rlhf.rollout.generation import (
     Generation,
-    assemble,
     base_model,
     causal_lm,
     check_fits,
@@ -81,13 +80,12 @@ class VLLMRollout(Rollouts):
             counts = torch.where(stops > 0, stops, counts)
             ended = torch.where(stops > 0, True, ended)
         device = request.prompt_ids.device
-        out = assemble(
+        out = self.finished(
             request,
             sampling.n_samples_per_prompt,
             answers.to(device),
             counts.to(device),
             ended.to(device),
-            self.pad,
         )
         if self._reported(sampling):
             width = out.answer_mask.shape[1]

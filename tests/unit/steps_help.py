@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from rlhf.config.schema import PPOConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.models import last_tokens
 from step3_ppo.rollout import Rollout
 from tests.unit import model_help as help_
 
@@ -42,11 +43,13 @@ def scored_rollout(**sizes: Any) -> Any:  # a Rollout, none of whose fields is N
     return replace(
         rollout,
         log_probs=old,
+        # As many columns as the answers: another token, EOS, stands in each one's last place.
+        read_ids=rollout.input_ids.masked_fill(last_tokens(rollout.attention_mask), 2),
+        read_mask=rollout.attention_mask,
         sampler_log_probs=(old + draw(0.01)) * rollout.answer_mask,
         ref_log_probs=(old + draw(0.1)) * rollout.answer_mask,
         values=draw(0.5),
         scores=torch.randn(shape[0], generator=g),
-        shaped_scores=torch.randn(shape[0], generator=torch.Generator().manual_seed(8)),
         token_rewards=0.1 * rollout.answer_mask,
         advantages=draw(1.0),
         returns=draw(1.0),

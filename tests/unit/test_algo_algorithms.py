@@ -18,7 +18,6 @@ from rlhf.algo.algorithms import ALGORITHMS, Credited
 from rlhf.algo.ema import ema_update
 
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
-SCORES = torch.tensor([1.0, 3.0, 2.0, 2.0])
 REWARDS = torch.tensor([[0.5, 1.0, 9.0], [0.0, 0.0, 3.0], [2.0, 9.0, 9.0], [0.0, 4.0, 9.0]])
 VALUES = torch.tensor([[0.5, 0.5, 9.0], [1.0, 1.0, 1.0], [0.0, 9.0, 9.0], [2.0, 2.0, 9.0]])
 
@@ -28,7 +27,6 @@ def credit(name: str, **change: object) -> Credited:
         "token_rewards": REWARDS,
         "values": VALUES if ALGORITHMS[name].needs_critic else None,
         "mask": MASK,
-        "scores": SCORES,
         "group_size": 2,
         "gamma": 1.0,
         "lam": 0.95,
@@ -39,13 +37,13 @@ def credit(name: str, **change: object) -> Credited:
 
 
 def test_table() -> None:
-    """DESIGN decision 5: four entries; only PPO has a critic, only GRPO keeps KL out of rewards."""
-    facts = {name: (a.name, a.needs_critic, a.kl_in_reward) for name, a in ALGORITHMS.items()}
+    """DESIGN decision 5: four entries; only PPO has a critic."""
+    facts = {name: (a.name, a.needs_critic) for name, a in ALGORITHMS.items()}
     assert facts == {
-        "ppo": ("ppo", True, True),
-        "grpo": ("grpo", False, False),
-        "rloo": ("rloo", False, True),
-        "reinforce++": ("reinforce++", False, True),
+        "ppo": ("ppo", True),
+        "grpo": ("grpo", False),
+        "rloo": ("rloo", False),
+        "reinforce++": ("reinforce++", False),
     }
 
 
@@ -62,14 +60,14 @@ def test_ppo() -> None:
 
 
 def test_grpo() -> None:
-    """ALGORITHM 37: group mean and std of the scores on every counted token; std is a setting."""
+    """ALGORITHM 37: mean and std of the group's whole rewards, on every token; std is a setting."""
     advantages, returns = credit("grpo")
-    s = 1 / math.sqrt(2)  # scores 1, 3: deviations -1, 1, unbiased std sqrt(2)
-    by_hand = torch.tensor([[-s, -s, 0], [s, s, s], [0, 0, 0], [0, 0, 0]])
+    s = 1 / math.sqrt(2)  # wholes 1.5, 3 and 2, 4: deviations -x, x, unbiased std x sqrt(2)
+    by_hand = torch.tensor([[-s, -s, 0], [s, s, s], [-s, 0, 0], [s, s, 0]])
     torch.testing.assert_close(advantages, by_hand)
     assert returns is None
     plain, _ = credit("grpo", group_std=False, whiten=False)
-    assert plain.tolist() == [[-1, -1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert plain.tolist() == [[-0.75, -0.75, 0], [0.75] * 3, [-1, 0, 0], [1, 1, 0]]
 
 
 def test_rloo() -> None:
@@ -84,10 +82,10 @@ def test_empty_rows_shift_no_baseline() -> None:
     mask = MASK.clone()
     mask[1] = False
     rewards = REWARDS[[0, 1, 2]]
-    arguments = {"token_rewards": rewards, "mask": mask[:3], "scores": SCORES[:3], "group_size": 3}
+    arguments = {"token_rewards": rewards, "mask": mask[:3], "group_size": 3}
     assert credit("rloo", **arguments)[0].tolist() == [[-0.5, -0.5, 0], [0] * 3, [0.5, 0, 0]]
-    plain, _ = credit("grpo", group_std=False, **arguments)  # scores 1 and 2
-    assert plain.tolist() == [[-0.5, -0.5, 0], [0] * 3, [0.5, 0, 0]]
+    plain, _ = credit("grpo", group_std=False, **arguments)  # wholes 1.5 and 2
+    assert plain.tolist() == [[-0.25, -0.25, 0], [0] * 3, [0.25, 0, 0]]
 
 
 def test_reinforce_plus_plus() -> None:
@@ -117,13 +115,11 @@ def test_every_rule(name: str, seed: int, whiten: bool, group_std: bool) -> None
     mask = torch.arange(5) < torch.randint(0, 6, (6, 1), generator=generator)
     off = torch.where(mask, 0.0, torch.nan)
     tensors = (torch.randn(2, 6, 5, generator=generator) + off).bfloat16()
-    scores = torch.where(mask.any(1), torch.randn(6, generator=generator), torch.nan)
     advantages, returns = credit(
         name,
         token_rewards=tensors[0],
         values=tensors[1].requires_grad_(),
         mask=mask,
-        scores=scores,
         group_size=3,
         whiten=whiten,
         group_std=group_std,

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.algo.kl import ESTIMATORS, AdaptiveKL, FixedKL, build_kl_controller, kl_estimate
+from rlhf.algo.losses import kl_loss, policy_loss
+from rlhf.algo.rewards import token_rewards
 
 
 def test_hand_computed() -> None:
@@ -109,3 +111,81 @@ def test_controllers_do_not_mix() -> None:
         FixedKL(0.1).load_state_dict(AdaptiveKL(0.1, 6.0).state_dict())
     with pytest.raises(ValueError, match="'fixed' KL controller"):
         AdaptiveKL(0.1, 6.0).load_state_dict(FixedKL(0.1).state_dict())
+
+
+class Softmax50:
+    """A policy near a reference on 50 tokens, and the exact gradient of KL(policy || reference)."""
+
+    def __init__(self, distance: float) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.reference = torch.randn(50, generator=generator, dtype=torch.float64).log_softmax(0)
+        moved = self.reference + distance * torch.randn(50, generator=generator)
+        self.logits = moved.clone().requires_grad_()
+        log_p = self.logits.log_softmax(0)
+        self.p, self.log_p = log_p.detach().exp(), log_p.detach()
+        kl = (log_p.exp() * (log_p - self.reference)).sum()
+        (self.exact,) = torch.autograd.grad(kl, self.logits)
+        self.kl = float(kl.detach())
+
+    def expected(self, per_token: torch.Tensor) -> torch.Tensor:
+        """sum_a p(a) per_token(a) grad log p(a): what sampling does on average."""
+        weighted = (self.p * per_token.double() * self.logits.log_softmax(0)).sum()
+        (gradient,) = torch.autograd.grad(weighted, self.logits)
+        return gradient
+
+    def cosine(self, gradient: torch.Tensor) -> float:
+        return float(torch.cosine_similarity(gradient, self.exact, dim=0))
+
+
+def as_reward(policy: Softmax50) -> torch.Tensor:
+    """The expected gradient of what the update minimises with the KL in the reward: 50 answers of
+    one token, through the project's token rewards and policy loss."""
+    column, ref = policy.log_p.float()[:, None], policy.reference.float()[:, None]
+    mask = torch.ones(50, 1, dtype=torch.bool)
+    advantages = token_rewards(torch.zeros(50), column, ref, mask, kl_coef=1.0)
+    leaf = column.clone().requires_grad_()
+    loss, _ = policy_loss(leaf, column, advantages, mask, clip=0.2)
+    (by_log_prob,) = torch.autograd.grad(loss, leaf)
+    return policy.expected(by_log_prob[:, 0])
+
+
+def as_loss(policy: Softmax50, kind: str) -> torch.Tensor:
+    """The expected gradient of the project's KL loss."""
+    leaf = policy.log_p.float()[:, None].requires_grad_()
+    mask = torch.ones(50, 1, dtype=torch.bool)
+    loss, _ = kl_loss(leaf, policy.reference.float()[:, None], mask, kind)
+    (by_log_prob,) = torch.autograd.grad(loss, leaf)
+    return policy.expected(by_log_prob[:, 0])
+
+
+@pytest.mark.parametrize("distance", [0.09, 0.5, 1.2])
+def test_gradients_point_where_the_kl_does(distance: float) -> None:
+    """ALGORITHM 22: on 50 tokens, enumerated: k1 in the reward and k2 as a loss are the KL's own
+    gradient, size included; k3 as a loss is the reverse KL's, near it at small distances only."""
+    policy = Softmax50(distance)
+    torch.testing.assert_close(as_reward(policy), policy.exact, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(as_loss(policy, "k2"), policy.exact, atol=1e-6, rtol=1e-4)
+    reverse = policy.p - policy.reference.exp()  # the gradient of KL(reference || policy)
+    torch.testing.assert_close(as_loss(policy, "k3"), reverse, atol=1e-6, rtol=1e-4)
+    cosine = policy.cosine(as_loss(policy, "k3"))
+    assert 0.8 < cosine < 1 - 1e-4
+    assert (cosine > 0.99) == (policy.kl < 0.01)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_other_estimators_in_the_reward_point_elsewhere(kind: str) -> None:
+    """ALGORITHM 22: why the reward has k1 alone. Near the reference k2 and k3 as a reward have next
+    to none of the KL's gradient, and what there is points anywhere."""
+    policy = Softmax50(0.09)
+    assert 0.002 < policy.kl < 0.008
+    gradient = policy.expected(kl_estimate(policy.log_p, policy.reference, kind))
+    assert abs(policy.cosine(gradient)) < 0.5
+    assert float(gradient.norm() / policy.exact.norm()) < 0.2
+
+
+def test_k1_as_a_loss_has_no_gradient() -> None:
+    """ALGORITHM 22: the expectation of its gradient is 0, so it is refused."""
+    policy = Softmax50(0.5)
+    assert policy.expected(torch.ones(50)).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="'k1' as a loss"):
+        as_loss(policy, "k1")

@@ -19,6 +19,7 @@ from rlhf.data.decision import (
 )
 from rlhf.data.dialogue import parse_dialogue, write_dialogue
 from rlhf.data.prepare import prepare
+from rlhf.data.preview import look
 from rlhf.data.tokenizers import prepare_tokenizer
 from rlhf.errors import ConfigError
 from tests.unit.data_help import TOKENIZERS, gpt2_like, pair, smollm_like, write_jsonl
@@ -214,6 +215,10 @@ def test_the_plan_decides_as_the_steps_do(tmp_path: Path) -> None:
             for step in (1, 2, 3)
         ]
         assert [one.saved for one in stage_templates(stages)] == [saved] * 3
+        rows = look(stages).stages[2]["lines"]
+        assert rows[0].startswith("chat template: conversations are written by the ")
+        shown = "<|im_start|>user" if saved == CHATML else "Human: hi"
+        assert any("  prompt " in line and shown in line for line in rows)
     (alone,) = stage_templates(stages[2:])
     assert alone.text == UNKNOWN
 

@@ -14,20 +14,38 @@ from rlhf.store import read_json
 from tests.unit.driver_help import make_artifact, make_evaluation
 
 
-def verdict(gain: float, learned: bool = True, **ppo: float) -> dict[str, Any]:
+def verdict(gain: float, outcome: str = "learned", **ppo: float) -> dict[str, Any]:
     models = {"sft": {"reward": 0.0, "kl": 0.0}, "ppo": {"reward": gain, "kl": 2.0, **ppo}}
-    return {"gain": gain, "learned": learned, "models": models}
+    return {"gain": gain, "outcome": outcome, "gain_in_sft_std": gain / 2, "models": models}
 
 
 def test_by_hand() -> None:
     """1, 2, 3: mean 2, s 1, t(2) 4.303: 4.303 / sqrt(3) = 2.484."""
-    found = pool([verdict(1.0), verdict(2.0), verdict(3.0, learned=False)])
+    found = pool([verdict(1.0), verdict(2.0), verdict(3.0, "not enough evidence")])
     assert (found["gain"], found["learned"], found["runs"]) == (2.0, 2, 3)
-    assert found["gain_ci"] == pytest.approx(2.484, abs=1e-3)
-    assert found["outcome"] == "not told apart"
-    assert found["models"]["ppo"]["reward"] == pytest.approx((2.0, 2.484), abs=1e-3)
-    assert pool([verdict(2.0), verdict(2.1), verdict(1.9)])["outcome"] == "better"
-    assert pool([verdict(-2.0), verdict(-2.1), verdict(-1.9)])["outcome"] == "worse"
+    assert found["gain_high"] - found["gain"] == pytest.approx(2.484, abs=1e-3)
+    assert found["gain_in_sft_std"][2] - 1.0 == pytest.approx(1.242, abs=1e-3)
+    assert found["outcome"] == "not enough evidence"  # the interval over runs has 0 in it
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "gains", "pooled"),
+    [
+        (["learned"] * 4, [2.0, 2.1, 1.9, 2.0], "learned"),
+        (["learned"] * 3 + ["did not learn"], [2.0, 2.1, 1.9, 1.0], "learned"),
+        (["learned"] * 3 + ["hacked the reward"], [2.0, 2.1, 1.9, 2.0], "not enough evidence"),
+        (["learned", "learned", "did not learn", "did not learn"], [2.0, 2.1, 0.0, 0.0], "not e"),
+        (["learned", "hacked the reward"], [2.0, 2.1], "hacked the reward"),
+        (["did not learn", "not enough evidence"], [0.0, 0.1], "did not learn"),
+        (["not enough evidence"] * 3, [2.0, 2.1, 1.9], "not enough evidence"),
+    ],
+)
+def test_the_pooled_outcome(outcomes: list[str], gains: list[float], pooled: str) -> None:
+    found = pool([verdict(g, o) for g, o in zip(gains, outcomes, strict=True)])
+    assert found["outcome"].startswith(pooled)
+    text = render_pooled(found)
+    assert text.startswith(f"VERDICT over {len(gains)} seeds: {pooled.upper()}")
+    assert all(len(line) <= 110 for line in text.splitlines())
 
 
 def test_what_a_run_lacks_is_absent() -> None:
@@ -51,7 +69,7 @@ def test_coverage() -> None:
     hits = 0
     for _ in range(4000):
         found = pool([verdict(draw.gauss(1.0, 0.5)) for _ in range(4)])
-        hits += abs(found["gain"] - 1.0) <= found["gain_ci"]
+        hits += abs(found["gain"] - 1.0) <= found["gain_high"] - found["gain"]
     assert 0.94 < hits / 4000 < 0.96
 
 

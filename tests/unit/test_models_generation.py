@@ -89,7 +89,7 @@ def test_generate_samples_as_in_training(tmp_path: Path) -> None:
     """A fresh process, `generate()` without arguments: transformers builds exactly the processors
     that the rollout's settings mean, top_k 50 not among them, and ids without text suppressed."""
     module, tokenizer = padded(), help_.tokenizer()
-    rollout = RolloutConfig(temperature=0.7, top_p=0.9, max_new_tokens=9)
+    rollout = RolloutConfig(temperature=0.7, max_new_tokens=9)
     models.Snapshot(module).write(
         tmp_path, tokenizer, card="", generation=models.sampling_settings(rollout)
     )
@@ -108,16 +108,14 @@ def test_generate_samples_as_in_training(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )
     names, length, highest = result.stdout.strip().splitlines()[-1].split("|")
-    assert names == str(
-        sorted(["TemperatureLogitsWarper", "TopPLogitsWarper", "SuppressTokensLogitsProcessor"])
-    )
+    assert names == str(sorted(["TemperatureLogitsWarper", "SuppressTokensLogitsProcessor"]))
     assert int(length) <= 9
     assert int(highest) < len(tokenizer)
 
 
 def test_settings_of_a_rollout() -> None:
     """Every setting that decides what is sampled is written."""
-    rollout = RolloutConfig(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=32, stop=["\n\n"])
+    rollout = RolloutConfig(temperature=1.0, max_new_tokens=32, stop=["\n\n"])
     assert models.sampling_settings(rollout) == {
         **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
         **{"max_new_tokens": 32, "stop_strings": ["\n\n"]},

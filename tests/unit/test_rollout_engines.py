@@ -206,6 +206,18 @@ def test_stop_strings_end_the_answer_and_count_as_ended(name):
         out.answers[out.answer_mask], free[:, : out.answers.shape[1]][out.answer_mask]
     )
     assert (out.answers[~out.answer_mask] == PAD).all()
+    # As it is read: the text before the stop string, EOS in its place.
+    width = request.prompt_ids.shape[1]
+    assert torch.equal(out.read_ids[:, :width], request.prompt_ids)
+    assert torch.equal(out.read_mask[:, :width], request.prompt_attention_mask.bool())
+    stopped = []
+    for row, text in enumerate(texts):
+        read = out.read_ids[row, width:][out.read_mask[row, width:]].tolist()
+        sampled = out.answers[row][out.answer_mask[row]].tolist()
+        at = text.find(stop)
+        stopped.append(bool(out.ended[row]) and sampled[-1] != EOS)
+        assert read == ([*free[row, :at].tolist(), EOS] if stopped[-1] else sampled)
+    assert stopped[0]
 
 
 def test_gather_is_entered_once_a_generate(name, model):

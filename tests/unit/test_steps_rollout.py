@@ -200,9 +200,13 @@ def hand_rollout() -> Any:
     )
 
 
-def rewarded(settings: Any, name: str = "ppo", controller: Any = None, statistics=(0.0, 1.0)):  # type: ignore[no-untyped-def]
+def rewarded(settings: Any, controller: Any = None, statistics=(0.0, 1.0), kl_in_reward=True):  # type: ignore[no-untyped-def]
     return reward(
-        hand_rollout(), ALGORITHMS[name], settings, controller or FixedKL(0.1), statistics
+        hand_rollout(),
+        settings,
+        controller or FixedKL(0.1),
+        statistics,
+        kl_in_reward=kl_in_reward,
     )
 
 
@@ -225,6 +229,9 @@ def test_credit_by_hand() -> None:
     assert stats["reward_mean"] == pytest.approx((5 - 1.25) / 2)
     assert stats["kl_per_answer"] == pytest.approx((0.5 - 1.0 - 0.25) / 2)
     assert stats["kl_per_token"] == pytest.approx((0.5 - 1.0 - 0.25) / 3)
+    assert stats["kl_k2"] == pytest.approx((0.5**2 + 1.0**2 + 0.25**2) / 2 / 3)
+    k3 = [math.exp(-d) - 1 + d for d in (0.5, -1.0, -0.25)]
+    assert stats["kl_k3"] == pytest.approx(sum(k3) / 3)
     assert (stats["answer_length"], stats["eos_fraction"]) == (1.5, 0.5)
     assert (stats["answers"], stats["tokens"], stats["kl_coef"]) == (2.0, 3.0, 0.1)
 
@@ -275,17 +282,17 @@ def test_credit_moves_the_controller_after_use() -> None:
 
 
 def test_kl_as_a_loss_is_not_in_the_reward() -> None:
-    """22, 37: for GRPO the coefficient does not touch the advantages."""
-    advantages = [
-        credit(
-            rewarded(ppo_settings(), "grpo", FixedKL(coef))[0],
-            ALGORITHMS["grpo"],
-            ppo_settings(),
-            2,
-        ).advantages
-        for coef in (0.0, 9.0)
-    ]
-    assert torch.equal(advantages[0], advantages[1])
+    """22, 37: for GRPO the coefficient touches the advantages only with the KL in the reward."""
+
+    def advantages(coef: float, kl_in_reward: bool) -> torch.Tensor:
+        settings = ppo_settings(group_std=False)
+        rollout, _ = rewarded(settings, FixedKL(coef), kl_in_reward=kl_in_reward)
+        found: torch.Tensor = credit(rollout, ALGORITHMS["grpo"], settings, 2).need("advantages")
+        return found
+
+    assert torch.equal(advantages(0.0, False), advantages(9.0, False))
+    # Scores 5 (clipped) and 1 - 1 = 0; KL -0.5 and -0.25 nats: wholes 5 + 1 and 0 + 0.5 at coef 2.
+    assert advantages(2.0, True).tolist() == [[2.75, 2.75], [-2.75, 0.0]]
 
 
 def test_normalisation_can_be_turned_off() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from rlhf import data
 from rlhf.algo.algorithms import ALGORITHMS
-from rlhf.config.schema import PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.data.plan import Budget
 from step3_ppo import update as update_module
 from step3_ppo.experience import answer_values, credit, policy_log_probs
@@ -132,7 +132,7 @@ def test_the_critic_reads_and_steps_at_once(size: int | Budget, epochs: int) -> 
     same values, figures and weights as a reading of its own and a step after it."""
     settings = ppo_settings(epochs=epochs)
     ppo, bare = ALGORITHMS["ppo"], replace(scored_rollout(), values=None, returns=None)
-    filled = replace(bare, token_rewards=bare.answer_mask * 0.3, shaped_scores=bare.scores)
+    filled = replace(bare, token_rewards=bare.answer_mask * 0.3)
 
     def returns_of(batch: Rollout) -> Any:
         return credit(batch, ppo, settings, 1, whiten=False).returns
@@ -211,16 +211,18 @@ def test_critic_warm_up() -> None:
     assert stats["value_loss"] > 0
 
 
-def test_kl_loss_pulls_to_the_reference() -> None:
-    """22, 37: k3 of policy and reference, averaged over counted tokens, times its weight."""
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kl_loss_pulls_to_the_reference(kind: str) -> None:
+    """22, 37: k2 or k3 of policy and reference, averaged over counted tokens, times its weight."""
     rollout = scored_rollout()
     none = replace(rollout, advantages=torch.zeros_like(rollout.advantages))
     models_ = roles(critic=False)
     with models_.actor.evaluating():
         new = policy_log_probs(models_.actor, none, 1.0)
     d = (new - none.ref_log_probs)[none.answer_mask].double()
-    expected = (torch.exp(-d) - 1 + d).mean().item()
-    stats, _, _ = run(none, ppo_settings(epochs=1), critic=False, kl_loss_coef=0.5)
+    expected = {"k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind].mean().item()
+    settings = ppo_settings(epochs=1, kl_loss=kind)
+    stats, _, _ = run(none, settings, critic=False, kl_loss_coef=0.5)
     assert stats["kl_loss"] == pytest.approx(expected, rel=1e-4)
     assert stats["actor_grad_norm"] > 0.01
     still, _, _ = run(none, ppo_settings(epochs=1), critic=False)
