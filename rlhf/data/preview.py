@@ -266,7 +266,7 @@ def _unusable(
     ours = next((key for key, column in mapping.items() if column == missing), missing)
     free = [name for name in columns if name not in mapping.values()]
     close = nearest(missing, free) if missing else []
-    if ours in ("chosen", "rejected"):
+    if stage.step == 2 and ours in ("chosen", "rejected") and not close:
         remedy = (
             "step 2 needs pairs: name the columns of both answers (data.columns.chosen=COLUMN "
             "data.columns.rejected=COLUMN), bring such rows, or run --step 1 alone"

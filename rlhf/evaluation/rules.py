@@ -22,7 +22,7 @@ SMALL_GAIN = 0.2  # SFT standard deviations: Cohen's small effect
 STILL_KL = SMALL_GAIN**2 / 2  # nats per answer: a gain is at most sqrt(2 KL) deviations
 EOS_MARGIN = 0.125  # share of answers that may stop ending
 LENGTH_SHARE = 0.5  # of the gain that must be left between answers of equal length
-VARIETY_MARGIN = 0.35  # share of distinct-2 that may go
+VARIETY_MARGIN = 0.4  # share of distinct-2 that may go
 FAR_KL, FAR_KL_PER_TOKEN = 15.0, 0.5  # beyond both, nothing says that the reward model is right
 
 

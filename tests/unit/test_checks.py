@@ -47,8 +47,8 @@ def failures(capsys: pytest.CaptureFixture[str], way: str, *argv: str) -> tuple[
     return code, [line.strip() for line in said.splitlines() if line.strip().startswith("FAIL")]
 
 
-def rows(path: Path, *columns: str) -> str:
-    lines = [{name: f"{name} {number}" for name in columns} for number in range(3)]
+def rows(path: Path, *columns: str, count: int = 3) -> str:
+    lines = [{name: f"{name} {number}" for name in columns} for number in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
@@ -231,7 +231,7 @@ def test_the_page_has_the_list() -> None:
 
 
 def test_the_look_at_the_data_needs_no_torch(tmp_path: Path) -> None:
-    path = rows(tmp_path / "r.jsonl", "prompt", "chosen", "rejected")
+    path = rows(tmp_path / "r.jsonl", "prompt", "chosen", "rejected", count=40)
     (tmp_path / "resolved.json").write_text(
         json.dumps({"step": 2, "config": {"data": {"path": [path]}}})
     )
@@ -246,7 +246,7 @@ def test_the_look_at_the_data_needs_no_torch(tmp_path: Path) -> None:
     assert done.stderr.strip() == "set()"
     answer = json.loads(done.stdout)
     assert answer["exit_code"] == 0
-    assert answer["sources"][0]["rows"] == 3
+    assert answer["sources"][0]["rows"] == 40
     assert any("chosen 0" in line for line in answer["stages"][0]["lines"])
 
 
