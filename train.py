@@ -14,11 +14,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import console, execute, recover
+from launch import console, evaluation, execute, recover, seeds
+from launch.checklist import Found, ask_all
 from launch.commands import COMMANDS
+from launch.finished import forced_notes, refuse_changed_data
+from launch.looking import look_at_data
 from launch.options import Options, parse_options
 from launch.plan import Plan, describe, make_plan, plan_json
-from launch.preflight import preflight
 from launch.records import record_plan
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
@@ -50,54 +52,81 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Plan, preflight, then launch and verify each step asked for; or a subcommand."""
+    """Plan, check, then launch and verify each step asked for; or a subcommand."""
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
     options = parse_options(argv)
+    if options.seeds:
+        return seeds.run_all(options, main)
     if options.print_config or options.json_schema:
         print(json_schema() if options.json_schema else redact(config_yaml(options.config)))
         return 0
 
     plan = make_plan(options)
-    if options.as_json:
-        print(json.dumps(redact_tree(plan_json(plan)), indent=2))
-    else:
+    if not options.as_json:
         print(redact(describe(plan)), flush=True)
+    found = ask_all(plan, "dry-run" if options.dry_run else "run")
+    show_checks(options, plan, found)
+    if found.error:
+        raise found.error
     if options.dry_run:
         return 0
-
-    env, lines = preflight(plan)
-    for line in lines:
-        print(redact(line))
     grace = plan.config.launch.grace_seconds
     with execute.locked(plan.run.path, plan.role, grace) as lock:
         console.keep_log(plan.run.driver_log(plan.role))
         if not plan.role:
             record_plan(options, plan)
-        run_steps(options, plan, env, lock)
+        run_steps(options, plan, found, lock)
     show_verdict(plan)
     return 0
 
 
-def run_steps(options: Options, plan: Plan, env: dict[str, str], lock: int) -> None:
+def show_checks(options: Options, plan: Plan, found: Found) -> None:
+    """Of a dry run all checks; before a run what is to be known, and that the others hold."""
+    if options.as_json:
+        checks = [vars(check) for check in found.checks]
+        print(json.dumps(redact_tree({**plan_json(plan), "checks": checks}), indent=2))
+        return
+    for item in plan.steps:
+        if lines := [] if item.done else found.looked.lines(item.step):
+            print(redact("\n".join([f"rows     of step {item.step}", *lines])))
+    for line in forced_notes(plan):
+        print(redact(line))
+    warned = [check for check in found.checks if check.state == "warn"]
+    shown = found.checks if options.dry_run else warned
+    for check in shown:
+        print(redact(check.line()))
+    holding = sum(check.state != "FAIL" for check in found.checks)
+    print(f"checks   {holding} of {len(found.checks)} hold", flush=True)
+
+
+def run_steps(options: Options, plan: Plan, found: Found, lock: int) -> None:
     """Each step is launched once its parents are proven, and proven before the next."""
+    launched = False
     for item in plan.steps:
         if item.manifest is not None:
+            if item.unevaluated:
+                evaluation.make_up(plan, item, found.env, lock)
             continue
+        item.resolved.data_sources = found.looked.sources
+        if launched:  # hours may have gone by
+            refuse_changed_data(plan, item, look_at_data(plan).sources)
+        launched = True
         print(
             f"\nstep {item.step} of {options.steps}: DeepSpeed starts; its first line takes some "
             "seconds",
             flush=True,
         )
-        manifest, outcome = recover.run_step(plan.run, item, env, lock)
+        manifest, outcome = recover.run_step(plan.run, item, found.env, lock)
         print(execute.describe_result(item, manifest, outcome), flush=True)
+        if item.step == 3 and not plan.role:
+            evaluation.confirm(plan.run, item, outcome)
 
 
 def show_verdict(plan: Plan) -> None:
     """What came of it, for a person."""
-    verdict = plan.run.step_dir(3) / "verdict.txt"
-    if any(item.step == 3 for item in plan.steps) and verdict.is_file():
-        print("\n" + verdict.read_text(encoding="utf-8").rstrip())
+    if any(item.step == 3 for item in plan.steps):
+        print(evaluation.verdict_text(plan.run))
     print(f"\nThe run is in {plan.run.path}")
 
 

@@ -1,4 +1,4 @@
-"""Subcommands of `rlhf` and `python train.py` that look at a run instead of making one."""
+"""Subcommands of `rlhf` and `python train.py`: all that is not making a run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def _doctor(argv: Sequence[str]) -> int:
     return doctor.main(argv)
 
 
+def _evaluate(argv: Sequence[str]) -> int:
+    from launch import evaluation
+
+    return evaluation.main(argv)
+
+
 def _example(argv: Sequence[str]) -> int:
     from launch import examples
 
@@ -33,6 +39,7 @@ def _plan(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "certify": _certify,
     "doctor": _doctor,
+    "evaluate": _evaluate,
     "example": _example,
     "plan": _plan,
 }

@@ -24,7 +24,9 @@ class Console:
         self._log: IO[str] | None = None
 
     def log_to(self, stream: IO[str]) -> None:
-        """From now on everything is written there too."""
+        """From now on everything is written there too, and no more to an earlier one (--seeds)."""
+        if self._log is not None:
+            self._log.close()
         self._log = stream
 
     def write(self, text: str) -> int:

@@ -46,7 +46,7 @@ def launch(
     Raises Interrupted, and RequirementError where the disk refuses.
     """
     spec = refresh_port(nodes.with_variables(item.spec, extra_env))
-    logs = run.logs(item.step)
+    logs, before = run.logs(item.step), stamp(run, item.step)
     with disk_errors(logs, RequirementError):
         logs.mkdir(parents=True, exist_ok=True)
     if hidden := record_step(run, item, spec):
@@ -63,27 +63,31 @@ def launch(
             ready,
             log,
             grace=grace,
-            on_interrupt=lambda: say_interrupted(item.step),
+            on_interrupt=lambda: say_interrupted(item),
             keep=() if lock is None else (lock,),
             heart=heart,
         )
     if heart:
         outcome = replace(outcome, spread=True, lost=heart.lost or outcome.lost)
     if outcome.interrupted:
-        raise Interrupted(_interruption(run, item.step), outcome.interrupted)
+        published = item.act or stamp(run, item.step) != before
+        raise Interrupted(_interruption(run, item.step, bool(published)), outcome.interrupted)
     return outcome
 
 
-def _interruption(run: RunDir, step: int) -> str:
+def _interruption(run: RunDir, step: int, published: bool) -> str:
+    if published:
+        return f"step {step} is published; the same command goes on with what comes after it"
     found = newest(run.resume(step))
     if found is None:
         return f"step {step} had saved nothing: the same command starts it again"
     return f"step {step} is saved at {found[0]}: the same command goes on from there"
 
 
-def say_interrupted(step: int) -> None:
+def say_interrupted(item: StepPlan) -> None:
     """Called in a signal handler: writes past Python's buffers, which may be in use."""
-    text = f"\ninterrupted: step {step} is told to save and stop (again: stop it at once)\n"
+    what = f"the {item.act} is told to" if item.act else f"step {item.step} is told to save and"
+    text = f"\ninterrupted: {what} stop (again: stop it at once)\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 

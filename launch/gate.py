@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.options import Options
-from rlhf.config.load import flatten
+from rlhf.config.migrate import changes
 from rlhf.config.names import absolute_if_local, is_path_like
 from rlhf.config.resolve import decisive, section_of
 from rlhf.config.schema import ResolvedStep
+from rlhf.config.trees import flatten
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
 from rlhf.redact import redact_tree
 from rlhf.store import MANIFEST, Manifest, RunDir, jsonable, read_json, read_manifest, verify
@@ -150,7 +151,8 @@ def foreign(name: str, model: str, setting: str, quick: bool) -> Parent:
                 f"needed{hint}"
             )
         return _own(name, path, manifest, note)
-    if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+    kinds = ("config.json", "adapter_config.json", "*.gguf")  # an adapter: the checks refuse it
+    if path.is_dir() and not any(list(path.glob(kind)) for kind in kinds):
         raise RequirementError(
             f"{setting} {model}: no model in this directory (no config.json): give a Hugging Face "
             "model directory, a .gguf file or a hub id"
@@ -171,33 +173,36 @@ def prove(path: Path, kind: str | None, quick: bool) -> Manifest:
     return manifest
 
 
-def already_done(
+def finished_step(
     options: Options, resolved: ResolvedStep, parents: list[Parent]
 ) -> tuple[Manifest | None, str]:
-    """(the step's manifest if nothing of it would change, why not otherwise)."""
+    """(the manifest of the step's artifact, why it would be made again).
+
+    No manifest: there is no artifact, or (with a reason) one that does not verify. A manifest and
+    no reason: the step is done, nothing of it would change.
+    """
     step = resolved.step
     artifact = options.run.step_dir(step) / "artifact"
     if not artifact.exists():
         return None, ""
-    if options.force:
-        return None, "--force"
     try:
         manifest = prove(artifact, KINDS[step], quick=options.dry_run)
     except ArtifactError as error:
         return None, f"its artifact does not verify ({error})"
+    if options.force:
+        return manifest, "--force"
     for parent in parents:
         if parent.here:
-            return None, f"step {_MADE_BY[parent.name]} runs again"
+            return manifest, f"step {_MADE_BY[parent.name]} runs again"
         was = manifest.parents.get(parent.name)
         if was is None or was.id != parent.id or (parent.id is None and was.path != parent.path):
-            return None, f"its {parent.name} parent is another one now"
+            return manifest, f"its {parent.name} parent is another one now"
     before = flatten(section_of(manifest.config, step))
     now = flatten(section_of(redact_tree(jsonable(resolved.config)), step))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = changes(before, now, manifest.schema_version)
     if changed:
-        shown = [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:3]]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        return None, f"settings changed: {', '.join(shown)}{more}"
+        return manifest, f"settings changed: {', '.join(changed[:3])}{more}"
     return manifest, ""
 
 

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launch import probe
 from launch.checks import Check, judge
 from launch.forward import forwarded
+from launch.memory import memory_check
 from launch.nodes import on_host
 from launch.plan import Plan
 from launch.ports import free_port
 from launch.spec import PROJECT_ROOT, Placement
+from rlhf.plan.memory import CPU_IMPORTS
 
 SKEW_SECONDS = 5.0
 REDUCE_SECONDS = 90.0
@@ -137,6 +140,7 @@ def host_checks(
         _gpus(plan.placement, host, answer["gpus"]),
         _own_name(plan.placement, host, answer["address"]),
     ]
+    checks += _memory(plan, host, answer)
     for place, free in answer["free"].items():
         checks.append(
             judge(
@@ -182,6 +186,20 @@ def _gpus(placement: Placement, host: str, memory: list[int]) -> Check:
     )
 
 
+def _memory(plan: Plan, host: str, answer: dict[str, Any]) -> list[Check]:
+    """Each step's need against what this host has, as the planner counts it."""
+    placement, refuse = plan.placement, plan.config.launch.check_memory
+    ranks = len(placement.hosts[host])
+    if placement.accelerator == "cpu":
+        ram = answer["ram"]
+        memory = max(ram / ranks - CPU_IMPORTS, 1.0) if ram else None
+    else:
+        memory = min(answer["gpus"]) * 1024**2 if answer["gpus"] else None
+    machine = replace(plan.machine, memory=memory)
+    needs = [item.needs for item in plan.steps if item.needs and not item.done]
+    return [memory_check(one, machine, refuse, f"{host}: ") for one in needs] if memory else []
+
+
 def _own_name(placement: Placement, host: str, address: str) -> Check:
     """Debian's installer maps the host name to 127.0.1.1: gloo then offers that to other hosts."""
     alone = len(placement.hosts) == 1
@@ -221,6 +239,34 @@ def reduce_over_hosts(plan: Plan) -> Check:
     with ThreadPoolExecutor(max_workers=len(placement.hosts)) as pool:
         troubles = [text for text in pool.map(one, enumerate(placement.hosts)) if text]
     return reduce_check(troubles, f"{len(placement.hosts)} hosts meet")
+
+
+def loopback_reduce(placement: Placement) -> Check:
+    """Two ranks on this machine (one, where it has one GPU)."""
+    world = 2 if placement.accelerator == "cpu" else min(2, placement.world_size)
+    env = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "rlhf.engine.reduce_check", placement.accelerator]
+    children = [
+        subprocess.Popen(
+            command,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    troubles = []
+    for rank, child in enumerate(children):
+        try:
+            _, errors = child.communicate(timeout=REDUCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            _, errors = child.communicate()
+        if child.returncode != 0:
+            troubles.append(f"rank {rank}: {last_line(errors)}")
+    return reduce_check(troubles, f"{world} ranks meet here")
 
 
 def reduce_check(troubles: list[str], good: str) -> Check:

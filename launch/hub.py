@@ -5,28 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
+from launch.checks import Check, judge
+from rlhf.config.hub_cache import cache_directory, is_cached
 from rlhf.config.names import DEFAULT_ENDPOINT, hub_dataset, is_hub_model
-from rlhf.errors import RequirementError
 
 TIMEOUT_SECONDS = 5.0
-
-
-def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
-    """Where huggingface_hub keeps downloads (its HF_HUB_CACHE and HF_HOME rules)."""
-    environ = os.environ if environ is None else environ
-    if chosen := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(chosen).expanduser()
-    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = environ.get("HF_HOME") or f"{cache}/huggingface"
-    return Path(home).expanduser() / "hub"
-
-
-def is_cached(kind: str, name: str, environ: Mapping[str, str] | None = None) -> bool:
-    """Has some version of a model (`models`) or data set (`datasets`) been downloaded?"""
-    folder = cache_directory(environ) / f"{kind}--{name.replace('/', '--')}" / "snapshots"
-    return folder.is_dir() and any(any(version.iterdir()) for version in folder.iterdir())
 
 
 def needed(models: list[str], data: list[str]) -> list[tuple[str, str]]:
@@ -94,31 +79,49 @@ def _ask(
 
 def check_hub(
     models: list[str], data: list[str], endpoint: str | None, offline: bool
-) -> tuple[bool, str]:
-    """(work offline, a line to print). Raises RequirementError if something cannot be had.
+) -> tuple[bool, list[Check]]:
+    """(work offline, a check for each model and data set that comes from a hub).
 
     A blocked hub is found in seconds; left to the clients it takes half a minute for each file.
     """
     ids = needed(models, data)
-    if not ids:
-        return offline, ""
     missing = [(kind, name) for kind, name in ids if not is_cached(kind, name)]
-    names = ", ".join(name for _, name in missing or ids)
-    if offline and missing:
-        raise RequirementError(
-            f"offline, and {names} has not been downloaded to {cache_directory()}: download it "
-            "where there is a network (`hf download NAME`), or give a local directory"
-        )
-    if offline:
-        return True, ""
     address = endpoint or DEFAULT_ENDPOINT
-    trouble = problem(address)
-    if trouble is None:
-        return False, ""
+    checks = [
+        Check(f"hub: {name}", "ok", f"downloaded to {cache_directory()}")
+        for kind, name in ids
+        if (kind, name) not in missing
+    ]
+    if offline:
+        return True, checks + [_offline(name) for _, name in missing]
     if not missing:
-        return True, f"hub {address} is out of reach ({trouble}): using the downloaded {names}"
-    raise RequirementError(
-        f"{names} must come from the hub, and {address} is out of reach: {trouble}. "
-        "Check the network and the proxy, use a mirror (--hf-endpoint https://...), give a local "
-        "directory, or take a model and data that need no hub (python train.py without flags)"
+        trouble = problem(address) if ids else None
+        if trouble is None:
+            return False, checks
+        names = ", ".join(name for _, name in ids)
+        found = f"{address} is out of reach ({trouble}): using the downloaded {names}"
+        return True, [Check("hub", "warn", found)]
+    with ThreadPoolExecutor(max_workers=len(missing)) as pool:
+        troubles = list(pool.map(lambda one: trouble_with(address, *one), missing))
+    return False, checks + [
+        judge(
+            f"hub: {name}",
+            trouble is None,
+            f"answers at {address}" if trouble is None else f"{address} cannot give it: {trouble}",
+            "it must come from the hub",
+            "check its name, the network and the proxy, use a mirror (--hf-endpoint https://...), "
+            "HF_TOKEN for a gated one, give a local directory, or take a model and data that need "
+            "no hub (python train.py without flags)",
+        )
+        for (_, name), trouble in zip(missing, troubles, strict=True)
+    ]
+
+
+def _offline(name: str) -> Check:
+    return Check(
+        f"hub: {name}",
+        "FAIL",
+        f"offline, and it has not been downloaded to {cache_directory()}",
+        "",
+        "download it where there is a network (`hf download NAME`), or give a local directory",
     )

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from launch.checks import Check, judge
 from launch.devices import cpu_cores, place, visible_gpus
 from launch.spec import Placement
 from rlhf.config.schema import LaunchConfig, ResolvedStep
-from rlhf.errors import RequirementError, UserError
+from rlhf.errors import UserError
 from rlhf.plan import report
 from rlhf.plan.advise import Machine
 from rlhf.plan.hardware import CPU_CORE, Speeds, gpu_speeds
@@ -34,14 +35,25 @@ def this_machine(config: LaunchConfig) -> tuple[Machine, int]:
 
 
 def machine_of(placement: Placement, config: LaunchConfig) -> Machine:
-    """Ranks and their memory. Nodes that cannot be asked are taken to be like this one."""
+    """Ranks and their memory; None where they run on other machines than this one: a login box has
+    other RAM than the cluster, and says nothing about it."""
     per_node = placement.per_node
+    if elsewhere(placement):
+        on_cpu = placement.accelerator == "cpu"
+        one = cpu_machine(placement.world_size, per_node, config.threads) if on_cpu else None
+        speeds = one.speeds if one else gpu_speeds("a100-80g")
+        return Machine(Ranks(placement.world_size, on_cpu, per_node), speeds)
     if placement.accelerator == "cpu":
         return cpu_machine(placement.world_size, per_node, config.threads)
     ram = node_memory()
     beside = ram / per_node if ram else None
     ranks = Ranks(placement.world_size, False, per_node)
     return Machine(ranks, gpu_speeds("a100-80g"), gpu_memory(), beside)
+
+
+def elsewhere(placement: Placement) -> bool:
+    """Do processes run on machines that this one knows nothing about?"""
+    return placement.config.launcher == "slurm" or (placement.multi_node and not placement.by_hand)
 
 
 def cpu_machine(world: int, per_node: int, threads: int | None = None) -> Machine:
@@ -126,13 +138,28 @@ def describe(found: report.StepReport | None, why_not: str, machine: Machine) ->
     return report.lines(found, machine)
 
 
-def check_memory(found: report.StepReport, machine: Machine, refuse: bool) -> list[str]:
-    """Warnings. Raises RequirementError where a step is sure not to fit, if `refuse`."""
-    if found.fits:
-        return []
-    text = "; ".join(report.lines(found, machine))
-    if refuse and report.hopeless(found, machine):
-        raise RequirementError(
-            f"step {found.step}: {text}. To try nevertheless: launch.check_memory=false"
-        )
-    return [f"warning: step {found.step}: {text}"]
+def memory_check(
+    found: report.StepReport, machine: Machine, refuse: bool, where: str = ""
+) -> Check:
+    """Does a step fit? It fails where it is sure not to, if `refuse` (launch.check_memory)."""
+    what = f"{where}memory for step {found.step}"
+    if machine.memory is None:
+        needed = f"{report.size(found.memory.peak)} per process"
+        return Check(
+            what, "warn", "what the machines have is not known here", needed,
+            "`python train.py doctor` asks hosts that ssh reaches; else look yourself",
+        )  # fmt: skip
+    if found.memory.peak <= machine.memory and found.fits:
+        return Check(
+            what, "ok",
+            f"{report.size(found.memory.peak)} of {report.size(machine.memory)} per process",
+        )  # fmt: skip
+    sure = report.hopeless(found, machine)
+    return judge(
+        what,
+        False,
+        "; ".join(report.lines(found, machine)).removeprefix("memory "),
+        "",
+        "to try nevertheless: launch.check_memory=false" if sure and refuse else "",
+        fatal=sure and refuse,
+    )

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,6 +73,7 @@ class Options:
     print_config: bool
     json_schema: bool
     force: bool
+    seeds: list[int] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
 
     @property
@@ -91,7 +92,7 @@ class Options:
         return shlex.join(["python", "train.py", "--step", *map(str, steps), *kept])
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"unrecognized arguments: (\S+)", message)
         hint = ""
@@ -103,7 +104,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The flags with their help; `_` and `-` are the same in their names."""
-    made = _Parser(
+    made = Parser(
         prog="train.py",
         allow_abbrev=False,
         description="Supervised fine-tuning, reward model and PPO, in one command. Without flags: "
@@ -122,19 +123,27 @@ def parser() -> argparse.ArgumentParser:
         "A bare size means facebook/opt-SIZE")  # fmt: skip
     add("--reward-model", metavar="MODEL",
         help="base of step 2; without step 2, the reward model of step 3")  # fmt: skip
-    for flag, keys in SETTINGS.items():
-        text = leaves()[keys[0]].doc.replace("%", "%%")
-        if leaves()[keys[0]].is_flag:
-            add(flag, action="store_const", const="true", help=text)
-            continue
-        nargs = "+" if flag in _LISTS else None
-        add(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
+    add("--seeds", type=int, nargs="+", metavar="N",
+        help="one run for each seed (NAME-seedN), then one verdict over all of them")  # fmt: skip
+    add_settings(made, SETTINGS)
     add("--dry-run", action="store_true", help="print the plan and the command lines, then stop")
     add("--json", action="store_true", help="with --dry-run: the plan as JSON")
     add("--print-config", action="store_true", help="print every setting as YAML, then stop")
     add("--json-schema", action="store_true", help="print a recipe's JSON schema, then stop")
     add("--force", action="store_true", help="run steps again that are already done")
     return made
+
+
+def add_settings(made: argparse.ArgumentParser, flags: Iterable[str]) -> None:
+    """Flags of SETTINGS, each with its setting's own words as help."""
+    for flag in flags:
+        leaf = leaves()[SETTINGS[flag][0]]
+        text = leaf.doc.replace("%", "%%")
+        if leaf.is_flag:
+            made.add_argument(flag, action="store_const", const="true", help=text)
+            continue
+        nargs = "+" if flag in _LISTS else None
+        made.add_argument(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
 
 
 def normalize_flags(argv: Sequence[str]) -> list[str]:
@@ -164,6 +173,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
     flags = parser().parse_args(tokens)
     if flags.json and not flags.dry_run:
         raise ConfigError("--json prints the plan for machines: use it with --dry-run")
+    if flags.seeds:
+        refuse_seeds(flags, overrides)
     recipe = find_recipe(flags.config, flags.actor_model)
     values, origins = flag_values(flags)
     asked = {**_from_environment(environ, values), **parse_overrides(overrides)}
@@ -181,8 +192,20 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         print_config=flags.print_config,
         json_schema=flags.json_schema,
         force=flags.force,
+        seeds=flags.seeds or [],
         argv=list(argv),
     )
+
+
+def refuse_seeds(flags: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Raises ConfigError where --seeds cannot be done as asked."""
+    if flags.seed is not None or any(text.startswith("seed=") for text in overrides):
+        raise ConfigError("--seeds makes a run for each seed, --seed one run: give one of them")
+    if repeated := sorted({seed for seed in flags.seeds if flags.seeds.count(seed) > 1}):
+        raise ConfigError(f"--seeds: {repeated[0]} is given twice, and would be the same run")
+    if flags.print_config or flags.json_schema:
+        what = "--print-config" if flags.print_config else "--json-schema"
+        raise ConfigError(f"{what} shows the settings of one run: give --seed instead of --seeds")
 
 
 def split_overrides(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -204,8 +227,10 @@ def flag_values(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for flag, keys in SETTINGS.items():
-        given = getattr(flags, flag[2:].replace("-", "_"))
-        for key in keys if given is not None else ():
+        given = getattr(flags, flag[2:].replace("-", "_"), None)
+        if given is None:
+            continue
+        for key in keys:
             values[key] = given if isinstance(given, list) else parse_value(given, leaves()[key])
             origins[key] = flag
     if values.get("step3.actor.engine.zero_stage") == 3:

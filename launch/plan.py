@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from launch.devices import place
 from launch.gate import (
     STEP_NAMES,
     Parent,
-    already_done,
     base_models,
     find_parents,
+    finished_step,
     recovery_scale,
     unfinished,
 )
@@ -33,7 +33,7 @@ from rlhf.config.resolve import (
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.plan.advise import Machine
 from rlhf.plan.report import StepReport, as_json
-from rlhf.store import STEP_DIRS, Manifest, RunDir
+from rlhf.store import STEP_DIRS, Manifest, RunDir, find_evaluation, jsonable
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class StepPlan:
     manifest: Manifest | None = None
     reason: str = ""
     """Why it runs again although there is an artifact."""
+    replaces: Manifest | None = None
+    """The finished artifact that it would replace."""
     fresh: bool = False
     """It starts from its beginning, whatever checkpoints there are."""
     saved: str = ""
@@ -54,6 +56,12 @@ class StepPlan:
     needs: StepReport | None = None
     """Its memory and time; None: not planned, for the reason in `not_planned`."""
     not_planned: str = ""
+    act: str = ""
+    """"evaluation": only that; the step is done."""
+    unevaluated: str = ""
+    """Why a step 3 that is done has still to be evaluated."""
+    evaluated_otherwise: str = ""
+    """How its evaluation differs from what is asked for now; it is repeated by command only."""
 
     @property
     def done(self) -> bool:
@@ -65,6 +73,7 @@ class Plan:
     run: RunDir
     config: RunConfig
     recipe: Path | None
+    options: Options
     placement: Placement
     machine: Machine
     steps: list[StepPlan] = field(default_factory=list)
@@ -98,7 +107,8 @@ def make_plan(options: Options) -> Plan:
             parents={parent.name: parent.path for parent in parents},
             parent_configs={p.name: p.config for p in parents if p.config or p.here},
         )
-        manifest, reason = already_done(options, resolved, parents)
+        found, reason = finished_step(options, resolved, parents)
+        manifest, replaced = (None, found) if reason else (found, None)
         done[step] = manifest
         fresh = options.force or config.checkpoint.resume == "never"
         saved = "" if fresh or manifest is not None else unfinished(options, resolved, parents)
@@ -107,16 +117,41 @@ def make_plan(options: Options) -> Plan:
         kept = keeps_memory(config.launch.keep_memory, needs, machine)
         resolved.config = with_values(resolved.config, {"launch.keep_memory": kept})
         spec = launch_spec(resolved, placement, options.run)
-        steps.append(
-            StepPlan(step, resolved, spec, parents, manifest, reason, fresh, saved, needs, why_not)
-        )
-    return Plan(options.run, config, options.recipe, placement, machine, steps)
+        item = StepPlan(
+            step=step, resolved=resolved, spec=spec, parents=parents, manifest=manifest,
+            reason=reason, replaces=replaced, fresh=fresh, saved=saved, needs=needs,
+            not_planned=why_not,
+        )  # fmt: skip
+        if step == 3 and manifest is not None:
+            evaluation, why = find_evaluation(options.run)
+            note = _otherwise(options.run, evaluation, config) if evaluation else ""
+            item = replace(item, unevaluated=why, evaluated_otherwise=note)
+        steps.append(item)
+    return Plan(options.run, config, options.recipe, options, placement, machine, steps)
 
 
-def launch_spec(resolved: ResolvedStep, placement: Placement, run: RunDir) -> LaunchSpec:
-    """The command that starts the step's processes."""
-    script = PROJECT_ROOT / STEP_DIRS[resolved.step] / "main.py"
-    arguments = ["--config", str(run.resolved(resolved.step))]
+def _otherwise(run: RunDir, evaluation: Manifest, config: RunConfig) -> str:
+    """What is asked of an evaluation now, and was not when it was made; "" if nothing."""
+    before = dict(evaluation.config.get("eval", {}))
+    now = jsonable(config.step3.eval)
+    changed = {key: now[key] for key in before if key in now and before[key] != now[key]}
+    if not changed:
+        return ""
+    was = ", ".join(f"step3.eval.{key} {before[key]}" for key in changed)
+    given = shlex.join(f"step3.eval.{k}={'null' if v is None else v}" for k, v in changed.items())
+    return (
+        f"its evaluation was made with {was} and stays; for another: "
+        f"python train.py evaluate {run.path} {given}"
+    )
+
+
+def launch_spec(
+    resolved: ResolvedStep, placement: Placement, run: RunDir, act: str = ""
+) -> LaunchSpec:
+    """The command that starts the step's processes; `act`: "evaluation", which is a script of its
+    own."""
+    script = PROJECT_ROOT / STEP_DIRS[resolved.step] / f"{act or 'main'}.py"
+    arguments = ["--config", str(run.resolved(resolved.step, act))]
     return build_spec(resolved.config, script, arguments, placement)
 
 
@@ -140,10 +175,10 @@ def describe_step(item: StepPlan, machine: Machine) -> list[str]:
     step, resolved = item.step, item.resolved
     head = f"step {step}   {STEP_NAMES[step]}: {_origin(item)} -> {STEP_DIRS[step]}/artifact"
     if item.manifest is not None:
-        return [
-            head,
-            f"         already done (artifact {item.manifest.id[:12]}); --force repeats it",
-        ]
+        done = f"already done (artifact {item.manifest.id[:12]}); --force repeats it"
+        again = [f"evaluation runs: {item.unevaluated}"] if item.unevaluated else []
+        again += [item.evaluated_otherwise] if item.evaluated_otherwise else []
+        return [head, *(f"         {line}" for line in [done, *again])]
     lines = [head]
     if item.reason:
         lines.append(f"         again: {item.reason}")
@@ -214,6 +249,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "name": STEP_DIRS[item.step],
                 "action": "skip" if item.done else "run",
                 "reason": item.reason,
+                "evaluates": bool(item.unevaluated) or (item.step == 3 and not item.done),
                 "goes_on_from": item.saved,
                 "parents": item.resolved.parents,
                 "notes": [parent.note for parent in item.parents if parent.note],

@@ -1,24 +1,20 @@
-"""What a run needs, asked before anything starts: packages, files, disk, compiler, hub."""
+"""What a run needs of this machine: packages, trackers, programs, a compiler, room on the disk."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from launch.checks import refuse
-from launch.hostcheck import on_hosts
-from launch.hub import check_hub
-from launch.memory import check_memory
+from launch.checks import Check, judge
 from launch.plan import Plan, StepPlan
 from launch.spec import Placement
-from rlhf.config.names import is_hub_dataset, is_hub_model, is_path_like
 from rlhf.config.schema import EngineConfig, RunConfig
 from rlhf.errors import RequirementError
 from rlhf.plan import disk
+from rlhf.track.forward import require_packages, tracker_names
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
 SPARE_BYTES = 300 * 10**6
@@ -27,39 +23,6 @@ SPARE_BYTES = 300 * 10**6
 BYTES_PER_WEIGHT_BYTE = 4
 SMALLER = "free some space, --keep-last 1, or use --output-dir on another disk"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
-
-
-def preflight(plan: Plan) -> tuple[dict[str, str], list[str]]:
-    """(variables to add for every step, lines to print). Raises RequirementError."""
-    config = plan.config
-    steps = [item.step for item in plan.steps if not item.done]
-    if not steps:
-        return {}, []
-    models = needed_models(plan)
-    check_packages(config, steps, models)
-    check_names(models, config.data.path)
-    check_compiler(config, steps)
-    lines = check_disk(plan.run.path, planned_artifacts(plan), planned_disk(plan))
-    check_commands(plan.placement)
-    offline, line = check_hub(models, config.data.path, config.hub.endpoint, config.hub.offline)
-    lines += [line] if line else []
-    if plan.placement.over_ssh and config.launch.preflight == "full":
-        lines += check_hosts(plan)
-    for item in plan.steps:
-        if not item.done and item.needs is not None:
-            lines += check_memory(item.needs, plan.machine, config.launch.check_memory)
-    return {"HF_HUB_OFFLINE": "1"} if offline else {}, lines
-
-
-def check_hosts(plan: Plan) -> list[str]:
-    """Asks every host what `rlhf doctor` asks. Returns lines to print; raises RequirementError."""
-    began = time.monotonic()
-    checks = on_hosts(plan)
-    hosts = len(plan.placement.hosts)
-    refuse(checks, f"{len(checks)} checks of {hosts} host(s)")
-    warnings = [check.line() for check in checks if check.state == "warn"]
-    seconds = time.monotonic() - began
-    return [*warnings, f"preflight: {len(checks)} checks of {hosts} host(s) hold, {seconds:.0f} s"]
 
 
 def check_commands(placement: Placement) -> None:
@@ -100,30 +63,30 @@ def check_packages(config: RunConfig, steps: Iterable[int], models: Iterable[str
     loras = [config.step1.model.lora, config.step2.model.lora, config.step3.actor.model.lora]
     if any(loras[step - 1].rank for step in steps):
         wanted["peft"] = "pip install peft"
-    if any(name.endswith(".gguf") for name in models):
+    if any(name.endswith(".gguf") or name.startswith("package:") for name in models):
         wanted["gguf"] = "pip install gguf"
     if 3 in steps and config.step3.eval.judge == "vader":
         wanted["vaderSentiment"] = "pip install vaderSentiment"
-    for package, remedy in wanted.items():
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError as error:
-            raise RequirementError(f"the package {package} is not installed: {remedy}") from error
+    if 3 in steps and config.step3.rollout.engine == "vllm":
+        wanted["vllm"] = "pip install vllm, or step3.rollout.engine=continuous"
+    if any(path.endswith(".zst") for path in config.data.path):
+        wanted["zstandard"] = "pip install zstandard"
+    absent = [f"{name} is not installed: {how}" for name, how in wanted.items() if _absent(name)]
+    if absent:
+        raise RequirementError(f"the package {'; the package '.join(absent)}")
 
 
-def check_names(models: Iterable[str], data: Iterable[str]) -> None:
-    """Names that can only be files must exist."""
-    for what, names in (("model", models), ("data", data)):
-        for name in names:
-            if ":" in name or Path(name).expanduser().exists():
-                continue
-            on_hub = is_hub_model(name) if what == "model" else is_hub_dataset(name)
-            if not on_hub or is_path_like(name):
-                setting = "--actor-model or --reward-model" if what == "model" else "--data-path"
-                raise RequirementError(
-                    f"{what} {name!r}: no such file or directory (from {os.getcwd()}). "
-                    f"Check {setting}; a hub id looks like owner/name"
-                )
+def _absent(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Known, and installed? Raises ConfigError, RequirementError."""
+    require_packages(tracker_names(config.track))
 
 
 def check_compiler(config: RunConfig, steps: Iterable[int]) -> None:
@@ -144,26 +107,22 @@ def check_compiler(config: RunConfig, steps: Iterable[int]) -> None:
         )
 
 
-def check_disk(run_dir: Path, artifacts: float, everything: float) -> list[str]:
-    """Warnings. Raises RequirementError where there is no room for the artifacts; checkpoints are
-    for runs long enough to make some, so for them it warns."""
+def disk_check(run_dir: Path, artifacts: float, everything: float) -> Check:
+    """It fails where there is no room for the artifacts; checkpoints are for runs long enough to
+    make some, so for them it warns."""
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not os.access(existing, os.W_OK):
-        raise RequirementError(
-            f"{existing}: not writable, and the run would be kept below it: use --output-dir"
-        )
+        found = f"{existing} is not writable, and the run would be kept below it"
+        return Check("disk", "FAIL", found, "", "use --output-dir")
     free, least = shutil.disk_usage(existing).free, SPARE_BYTES + artifacts
+    found, most = f"{existing}: {free / 1e9:.1f} GB free", SPARE_BYTES + everything
     if free < least:
-        raise RequirementError(
-            f"{existing}: {free / 1e9:.1f} GB free, about {least / 1e9:.1f} GB are needed: "
-            "free some space, or use --output-dir on another disk"
-        )
-    if free < SPARE_BYTES + everything:
-        return [
-            f"warning: {existing}: {free / 1e9:.1f} GB free, and with its checkpoints the run may "
-            f"write {(SPARE_BYTES + everything) / 1e9:.1f} GB: {SMALLER}"
-        ]
-    return []
+        return Check(
+            "disk", "FAIL", found, f"about {least / 1e9:.1f} GB",
+            "free some space, or use --output-dir on another disk",
+        )  # fmt: skip
+    needed = f"{most / 1e9:.1f} GB with the checkpoints that it may write"
+    return judge("disk", free >= most, found, needed, SMALLER, fatal=False)
 
 
 def planned_artifacts(plan: Plan) -> float:

@@ -67,6 +67,20 @@ def gpus():
     return [int(line) for line in done.stdout.split() if line.isdigit()]
 
 
+def ram():
+    """Bytes that processes there may use in all; None: not Linux, so not known."""
+    found = []
+    for place, read in (
+        ("/proc/meminfo", lambda text: int(text.split("MemTotal:")[1].split()[0]) * 1024),
+        ("/sys/fs/cgroup/memory.max", int),
+    ):
+        try:
+            found.append(read(Path(place).read_text()))
+        except (OSError, ValueError, IndexError):  # `max`: no limit
+            continue
+    return min(found) if found else None
+
+
 def port_problem(port):
     """Why nothing could listen on the port; "" if something could."""
     with socket.socket() as probe:
@@ -99,6 +113,7 @@ def main(asked):
         "write_problem": trouble,
         "free": {path: free_bytes(path) for path in asked["disks"]},
         "gpus": gpus(),
+        "ram": ram(),
         "port_problem": port_problem(asked["port"]),
     }
 

@@ -20,6 +20,12 @@ class StepFailed(UserError):
     exit_code = 1
 
 
+class EvaluationFailed(UserError):
+    """There is a published policy, and no verdict on it."""
+
+    exit_code = 1
+
+
 class Diverged(UserError):
     """Numbers are no longer finite, or the policy has left the reference for good.
 

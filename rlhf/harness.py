@@ -147,6 +147,7 @@ class StepRun:
             step=self.resolved.step,
             parents=self.parent_records(),
             data_fingerprint=data_fingerprint,
+            data_sources=self.resolved.data_sources,
             tokenizer_fingerprint=tokenizer_fingerprint,
             config=redact_tree(self.config.model_dump(mode="json")),
             metrics=metrics | {"seconds_by_phase": self.phases},

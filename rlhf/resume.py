@@ -160,6 +160,7 @@ class Keeper:
                 "settings": redact_tree(decisive(jsonable(run.config), step)),
                 "parents": run.parent_ids(),
                 "data_fingerprint": self.data_fingerprint,
+                "data_sources": run.resolved.data_sources,
                 "metrics_bytes": metrics_bytes,
             }
             self._pending = self._writer.submit(self._finish, temporary, content)

@@ -32,7 +32,10 @@ def main(run: StepRun) -> None:
                 texts=lambda: data.texts(run.config.data),
                 seed=run.config.seed,
             )
-        tokenizer = models.load_tokenizer(base, template=run.config.data.template)
+        tokenizer = models.load_tokenizer(base, template=None)
+        with comm.rank_zero_first():
+            template = data.choose_template(tokenizer, run.config.data)
+        run.say(f"chat template: {template.sentence}")
         rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("load the base model"):

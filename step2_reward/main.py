@@ -15,6 +15,7 @@ from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError
 from rlhf.evaluation.reward_metrics import pair_metrics
+from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
 from rlhf.supervised import Plans, Supervised, card_lines, planned_steps, provenance
 
@@ -26,6 +27,9 @@ def main(run: StepRun) -> None:
 
     with run.phase("read the data"):
         base, tokenizer = _base(run)
+        with comm.rank_zero_first():
+            template = data.choose_template(tokenizer, run.config.data)
+        run.say(f"chat template: {template.sentence}")
         rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
 
     with run.phase("load the model to start from"):
@@ -74,6 +78,7 @@ def main(run: StepRun) -> None:
             metrics=evaluation | scale | provenance(rows) | {"steps": total, "base": base},
             tokenizer_fingerprint=models.fingerprint(tokenizer),
         )
+        run.say(judge_reward_model(evaluation).line())
     comm.barrier()
 
 
@@ -92,7 +97,7 @@ def _base(run: StepRun) -> tuple[str, Any]:
             texts=lambda: data.texts(run.config.data),
             seed=run.config.seed,
         )
-    tokenizer = models.load_tokenizer(base, template=run.config.data.template)
+    tokenizer = models.load_tokenizer(base, template=None)
     if sft is not None:
         actors = models.fingerprint(models.load_tokenizer(sft, template=None))
         ours = models.fingerprint(tokenizer)
@@ -261,15 +266,16 @@ def _statistics(scores: Sequence[float]) -> dict[str, float]:
 
 def _scores(
     run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int
-) -> list[tuple[float, float, int, int]]:
-    """Of every pair, over all ranks: the scores of chosen and rejected, and their tokens."""
+) -> list[tuple[float, float, int, int, int]]:
+    """Of every pair, over all ranks: the scores of chosen and rejected, their tokens, and the
+    prompt's key."""
     plan = data.whole_pass(
         data.row_lengths(dataset),
         micro_batch_size=run.config.step2.train.eval_batch_size,
         rank=run.rank,
         world_size=comm.world_size(),
     )
-    found: list[tuple[float, float, int, int]] = []
+    found: list[tuple[float, float, int, int, int]] = []
     with engine.evaluating():
         for index in plan:
             rows = dataset.select(index).to_list()
@@ -278,7 +284,8 @@ def _scores(
             values = engine(batch.input_ids, mask, models.last_tokens(mask))
             chosen, rejected = models.last_values(values, mask).chunk(2)
             for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=False):
-                found.append((c, r, len(row["chosen_ids"]), len(row["rejected_ids"])))
+                lengths = len(row["chosen_ids"]), len(row["rejected_ids"])
+                found.append((c, r, *lengths, row["prompt_key"]))
     return comm.gather_lists(found)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from rlhf import data, models, track
+from rlhf import data, track
 from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.algo.kl import build_kl_controller
 from rlhf.config.schema import RLConfig
@@ -19,14 +19,17 @@ from rlhf.engine.memory import peak_memory
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ConfigError
 from rlhf.evaluation.answers import distinct_2
+from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
 from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
-from step3_ppo.conclude import conclude
-from step3_ppo.evaluate import answer_ids
+from step3_ppo.answers import answer_ids
+from step3_ppo.cast import live_cast, metrics_of
+from step3_ppo.conclude import publish
+from step3_ppo.evaluation import evaluate, refuse_judge
 from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
 from step3_ppo.health import check_finite, check_kl
-from step3_ppo.parents import check_tokenizers
+from step3_ppo.prompts import read_prompts, read_tokenizer
 from step3_ppo.roles import Roles, load_roles
 from step3_ppo.rollout import Rollout
 from step3_ppo.update import PtxBatches, first_critic_step, update, value_quality
@@ -40,15 +43,16 @@ def main(run: StepRun) -> None:
     sft, reward = run.parent("sft"), run.parent("reward")
 
     with run.phase("read the prompts"):
-        tokenizer = models.load_tokenizer(sft, template=None)
-        check_tokenizers(sft, reward, tokenizer)
-        rows = _prompts(run, tokenizer, "train")
-        held_out = _prompts(run, tokenizer, "eval")
+        tokenizer = read_tokenizer(run)
+        refuse_judge(run)
+        rows = read_prompts(run, tokenizer, "train")
+        held_out = read_prompts(run, tokenizer, "eval")
         prompts = rows.dataset
         per_iteration = _prompts_per_iteration(settings, len(prompts), world)
         iterations = settings.iterations or max(len(prompts) // per_iteration, 1)
 
     with run.phase("load the four models"):
+        run.say(judge_reward_model(metrics_of(reward)).line())
         steps = settings.ppo.epochs * settings.ppo.minibatches
         roles = load_roles(
             settings,
@@ -67,16 +71,11 @@ def main(run: StepRun) -> None:
         trainer.iteration = done = keeper.restore().get("iteration", 0)
         _train(run, trainer, keeper, done)
 
-    with run.phase("evaluate and publish"):
-        conclude(
-            run,
-            roles,
-            tokenizer,
-            held_out.dataset,
-            trainer.ema,
-            data_fingerprint=rows.fingerprint,
-        )
-    comm.barrier()
+    with run.phase("publish"):
+        publish(run, roles, tokenizer, trainer.ema, data_fingerprint=rows.fingerprint)
+
+    with run.phase("evaluate"):
+        evaluate(run, tokenizer, held_out, lambda: live_cast(run, roles, tokenizer, trainer.ema))
 
 
 def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
@@ -110,24 +109,6 @@ def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
                 metrics_bytes=tracker.metrics_bytes,
                 last=trainer.iteration == iterations,
             )
-
-
-def _prompts(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
-    settings = run.config.step3.rollout
-    assert settings.max_prompt_length is not None  # inherited when it was left unset
-    with comm.rank_zero_first():
-        rows = data.prepare(
-            run.config.data,
-            3,
-            tokenizer,
-            seed=run.config.seed,
-            max_prompt_length=settings.max_prompt_length,
-            max_length=None,
-            split=split,
-        )
-    for line in rows.lines(split):
-        run.say(line)
-    return rows
 
 
 def _prompts_per_iteration(settings: RLConfig, available: int, world: int) -> int:

@@ -18,3 +18,17 @@ def check_tokenizers(sft: str, reward: str, tokenizer: Any) -> None:
             f"actor's ({sft}) is {actors[:12]}: retrain step 2 on this actor's tokenizer "
             "(`python train.py --step 2`), or pass a --reward-model that shares it."
         )
+
+
+def template_note(reward: str, tokenizer: Any) -> str:
+    """A warning where the reward model was trained with another chat template, else empty.
+
+    tokenizer: the actor's, with the template that its artifact will carry.
+    """
+    if models.load_tokenizer(reward, template=None).chat_template == tokenizer.chat_template:
+        return ""
+    return (
+        f"warning: the reward model {reward} carries another chat template than this step trains "
+        "with: it scores text of a form that it may not have seen. Train step 2 on the same data "
+        "and template, or set data.template to the one of both"
+    )

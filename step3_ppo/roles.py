@@ -57,17 +57,8 @@ def load_roles(
         lora = settings.critic.model.lora if needs_critic else None
         policy, reference, judge, value = models.share(policy, reward, lora)
     else:
-        reference = models.load_causal(
-            sft, _bare(actor.model), engine=frozen, dtype=dtype, dropout=False, **common
-        )
-        judge = models.load_scalar(
-            reward,
-            _bare(settings.critic.model),
-            engine=frozen,
-            dtype=critic_dtype,
-            new_head=False,
-            **common,
-        )
+        reference = frozen_policy(settings, sft, tokenizer)
+        judge = frozen_reward(settings, reward, tokenizer)
         value = _critic(settings, reward, critic_dtype, common) if needs_critic else None
     models.check_positions(judge, longest)
     say(f"actor: {models.describe(policy, dtype)}")
@@ -92,6 +83,32 @@ def load_roles(
             value, role.engine, role.optim, dtype=critic_dtype, total_steps=critic_steps
         )
     return Roles(actor_engine, reference_engine, reward_engine, critic_engine, dtype)
+
+
+def frozen_policy(settings: RLConfig, place: str, tokenizer: Any) -> models.CausalModel:
+    """A policy that only answers and is compared with: the reference, or a published one."""
+    return models.load_causal(
+        place,
+        _bare(settings.actor.model),
+        engine=settings.reference_engine,
+        dtype=models.choose_dtype(settings.actor.model.dtype),
+        dropout=False,
+        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+    )
+
+
+def frozen_reward(settings: RLConfig, place: str, tokenizer: Any) -> models.ScalarModel:
+    """The reward model."""
+    return models.load_scalar(
+        place,
+        _bare(settings.critic.model),
+        engine=settings.reference_engine,
+        dtype=models.choose_dtype(settings.critic.model.dtype),
+        new_head=False,
+        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+    )
 
 
 def _shares(settings: RLConfig, sft: str, reward: str, needs_critic: bool, say: Any) -> bool:

@@ -6,7 +6,7 @@ A recipe is YAML holding only the settings that differ from the defaults. `exten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from pydantic import ValidationError
 
 from rlhf.config.explain import explain
 from rlhf.config.keys import lookup, parse_value, sections, unknown_key
+from rlhf.config.migrate import without_removed
 from rlhf.config.names import expand_size, normalize_endpoint, refuse_credentials
 from rlhf.config.schema import RunConfig
+from rlhf.config.trees import flatten, merge, nest
 from rlhf.errors import ConfigError
 
 MODEL_NAMES = (
@@ -103,39 +105,6 @@ def read_recipe(path: Path, _below: tuple[Path, ...] = ()) -> tuple[dict[str, An
     return merge(base, content), {**origins, **own}
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`: mappings are merged, all other values replaced."""
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        result[key] = merge(below, value) if both else value  # type: ignore[arg-type]
-    return result
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested mappings."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        tree = merge(tree, _one(name.split("."), value))
-    return tree
-
-
-def _one(parts: Sequence[str], value: Any) -> dict[str, Any]:
-    return {parts[0]: value if len(parts) == 1 else _one(parts[1:], value)}
-
-
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """`a.b.c=value` texts -> dotted key -> value. Raises ConfigError for an unknown key."""
     flat: dict[str, Any] = {}
@@ -167,6 +136,7 @@ def load_config(
     sources: dict[str, str] = {}
     if recipe is not None:
         tree, sources = read_recipe(recipe)
+        tree = without_removed(tree)
     for layer in (overrides or {}, flags or {}):
         tree = merge(tree, nest(layer))
         sources.update(dict.fromkeys(layer, "command line"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.load import MODEL_NAMES, flatten, nest, with_values
+from rlhf.config.migrate import SCHEMA_VERSION
 from rlhf.config.names import absolute_if_local
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ConfigError
@@ -68,6 +69,7 @@ def resolve_step(
     check_batches(config, step, world_size)
     return ResolvedStep(
         step=step,  # type: ignore[arg-type]
+        schema_version=SCHEMA_VERSION,
         run_dir=str(run_dir.absolute()),
         world_size=world_size,
         parents=parents,
@@ -180,7 +182,8 @@ def section_of(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     """What of a configuration decides a step's result: its own section, the data and the seed."""
     flat = flatten({key: config.get(key, {}) for key in (f"step{step}", "data", "seed")})
     flat.pop("data.cache_dir", None)
-    return nest(flat)
+    # How a trained policy is evaluated is no part of it, and evaluation can be repeated.
+    return nest({key: v for key, v in flat.items() if not key.startswith(f"step{step}.eval.")})
 
 
 # Settings of a step's own section that change what is printed, or rounding, but not the result.
@@ -201,8 +204,4 @@ def decisive(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Dotted name -> value, of the settings that must be the same to go on from a checkpoint."""
     left_out = {f"step{step}.{name}" for name in _NOT_DECISIVE}
     flat = flatten(section_of(config, step))
-    return {
-        name: value
-        for name, value in flat.items()
-        if name not in left_out and not name.startswith(f"step{step}.eval.")
-    }
+    return {name: value for name, value in flat.items() if name not in left_out}

@@ -31,3 +31,17 @@ class RowsConfig(Section):
         "Answers that begin with the whole prompt: auto takes it off where all do and refuses a "
         "mixture; strip takes it off wherever it is; keep trains on it.",
     )
+    plain_prompts: Literal["as_is", "turns"] = doc(
+        "as_is",
+        "Prompts that are text: trained as they are, or made turns (by their Human/Assistant "
+        "marks, else one user turn) and written by the chat template.",
+    )
+    multi_turn: Literal["last", "all"] = doc(
+        "last",
+        "Which assistant turns of a conversation step 1 learns. Steps 2 and 3: always the last.",
+    )
+    long_prompts: Literal["truncate", "drop"] = doc(
+        "truncate",
+        "A prompt over the limit: its oldest turns go (of text that is no dialogue: the left end), "
+        "or the row is dropped.",
+    )

@@ -40,9 +40,10 @@ class DataConfig(RowsConfig):
         "{text}", 'Wraps every answer, e.g. " {text}" where answers lack the leading space.'
     )
     template: str = doc(
-        "human_assistant",
-        "Chat template saved with the tokenizer and used for conversational rows: "
-        "`human_assistant`, `chatml`, `model` (the tokenizer's own) or Jinja text.",
+        "auto",
+        "Chat template of conversations, saved with the model: `auto` (the model's own; "
+        "human_assistant where it has none), `human_assistant`, `chatml`, `model` (its own, or "
+        "refused) or Jinja text.",
     )
     split: tuple[float, float, float] = doc(
         (2, 4, 4), "Shares of the training rows for steps 1, 2 and 3; normalised to sum to 1."
@@ -56,9 +57,6 @@ class DataConfig(RowsConfig):
     )
     max_eval_rows: Positive = doc(400, "At most so many held-out rows are used.")
     max_train_rows: Positive | None = doc(None, "At most so many training rows per step.")
-    long_prompts: Literal["truncate", "drop"] = doc(
-        "truncate", "What happens to a prompt over the limit: cut from the left, or dropped."
-    )
     max_bad_rows: NonNegative = doc(
         100, "More unusable rows than this stop the run; each is counted and located."
     )
@@ -256,11 +254,12 @@ class RoleConfig(Section):
 
 
 class EvalConfig(Section):
-    prompts: Positive = doc(128, "Held-out prompts for the verdict; every model answers the same.")
+    prompts: Positive = doc(128, "Answers of each model to held-out prompts, different ones first.")
     samples: NonNegative = doc(3, "Answers shown side by side.")
     judge: str | None = doc(
         None, "Rule-based judge: `courtesy`, `vader`, or `module:function`; unset: the data's own."
     )
+    judge_timeout: float | None = doc(3600, "Seconds of a judge for a model's answers.", gt=0)
 
 
 class RLConfig(Section):
@@ -354,6 +353,8 @@ class ResolvedStep(Section):
     parents: dict[str, str] = doc(
         {}, "`sft`, `reward` -> verified artifact directory, HF directory or hub id."
     )
+    schema_version: NonNegative = doc(0, "Which release's settings; 0: it was not written yet.")
+    data_sources: list[dict[str, Any]] | None = doc(None, "The data's content: rlhf/data/preview.")
     inherited: dict[str, str] = doc({}, "Settings taken from a parent, with where they came from.")
     learning_rate_scale: float = doc(
         1.0, "Learning rates are multiplied by it: lower after the step has diverged once.", gt=0

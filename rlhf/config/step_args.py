@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from rlhf.config.explain import explain
 from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value, unknown_key
 from rlhf.config.load import build_config, load_config, read_yaml, with_values
+from rlhf.config.migrate import migrated
 from rlhf.config.removed import remedy
 from rlhf.config.resolve import check_batches, refuse_redacted, resolve_step
 from rlhf.config.schema import ResolvedStep
+from rlhf.config.trees import flatten, nest
 from rlhf.errors import ConfigError
 from rlhf.redact import HIDDEN_SETTINGS, reveal
 
@@ -137,7 +139,9 @@ def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]
     content = reveal(content, _hidden_settings())
     if not isinstance(content["config"], dict):
         raise ConfigError(f"{path}: config = {content['config']!r:.60}: must be a mapping")
-    config = with_values(build_config(content.pop("config"), {"": str(path)}), values)
+    version = content.get("schema_version", 0)
+    settings = nest(migrated(flatten(content.pop("config")), version))
+    config = with_values(build_config(settings, {"": str(path)}), values)
     refuse_redacted(config)
     unknown = sorted(content.keys() - ResolvedStep.model_fields.keys())
     if unknown or content.get("step") != step:

@@ -5,6 +5,7 @@ Batches are tensors: their module is imported at first use, so that the preview 
 
 from typing import TYPE_CHECKING, Any
 
+from rlhf.data.decision import Template, choose_template, decide_template
 from rlhf.data.plan import Budget, plan_batches, whole_pass
 from rlhf.data.prepare import HeldOut, StageData, prepare
 from rlhf.data.replay import Replayable
@@ -31,9 +32,12 @@ __all__ = [
     "Replayable",
     "SFTBatch",
     "StageData",
+    "Template",
+    "choose_template",
     "collate_pairs",
     "collate_prompts",
     "collate_sft",
+    "decide_template",
     "plan_batches",
     "prepare",
     "row_lengths",

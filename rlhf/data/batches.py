@@ -85,12 +85,18 @@ class PromptBatch(_Batch):
 
 
 def collate_sft(rows: Rows, pad_id: int, *, prompt_loss: bool = False) -> SFTBatch:
-    """Rows of step 1 (prompt_ids, answer_ids) to a batch."""
+    """Rows of step 1 (prompt_ids, answer_ids, and `unlearned`: starts and ends, in turn, of what is
+    not learned among the answer's ids) to a batch."""
     if not rows:
         ids = torch.full((1, 2), pad_id)
         return SFTBatch(ids, torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), IGNORED))
     input_ids, mask = _pad([row["prompt_ids"] + row["answer_ids"] for row in rows], pad_id)
     counted = mask if prompt_loss else _answers(mask, [len(row["prompt_ids"]) for row in rows])
+    if not prompt_loss:
+        for number, row in enumerate(rows):
+            spans = torch.tensor(row.get("unlearned") or [], dtype=torch.int64)
+            for start, end in (spans.view(-1, 2) + len(row["prompt_ids"])).tolist():
+                counted[number, start:end] = False
     return SFTBatch(input_ids, mask, input_ids.masked_fill(~counted, IGNORED))
 
 

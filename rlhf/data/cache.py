@@ -15,14 +15,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 
 from rlhf.errors import DataError
 from rlhf.store import cache_root, private_directory
 from rlhf.store.files import fsync_directory
+
+if TYPE_CHECKING:
+    import datasets
 
 _BATCH = 1000
 _ABANDONED_SECONDS = 3600.0
@@ -48,6 +50,8 @@ def load(root: Path, key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None
         return None
     except OSError as error:
         raise _unusable(root, error) from error
+    import datasets  # it takes longer than all else here, and previews need none of it
+
     return datasets.Dataset.from_file(str(path)), info
 
 

@@ -7,12 +7,15 @@ what ships with the project; `module:function` names a user's own. Imports nothi
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data import courtesy_judge
-from rlhf.errors import ConfigError, RequirementError
+from rlhf.errors import ConfigError, RequirementError, UserError
 
 Scores = Callable[[Sequence[str], Sequence[str], Sequence[bool]], list[float]]
 
@@ -80,7 +83,7 @@ def resolve_judge(name: str) -> Judge:
         )
     function = _imported(name, module_name, attribute)
     good = getattr(function, "good", lambda value: value > 0)
-    return Judge(name, _checked(name, function), good)
+    return Judge(name, _lists(function), good)
 
 
 def _imported(name: str, module_name: str, attribute: str) -> Callable[..., Any]:
@@ -105,14 +108,31 @@ def _imported(name: str, module_name: str, attribute: str) -> Callable[..., Any]
     return target
 
 
-def _checked(name: str, function: Callable[..., Any]) -> Scores:
-    def score(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
-        values = [float(v) for v in function(list(prompts), list(answers), list(ended))]
-        if len(values) != len(answers):
-            raise ConfigError(
-                f"judge {name!r} returned {len(values)} scores for {len(answers)} answers: "
-                "it must return one number per answer"
-            )
-        return values
+def _lists(function: Callable[..., Any]) -> Scores:
+    """A user's function gets lists; what it gives is checked by rlhf.evaluation.judging."""
+
+    def score(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> Any:
+        return function(list(prompts), list(answers), list(ended))
 
     return score
+
+
+def problem_with(name: str) -> tuple[str, int]:
+    """(why the judge cannot be used, exit code); ("", 0) if it can. Imports a user's module, which
+    may do anything: ask in a process of its own."""
+    try:
+        resolve_judge(name)
+    except UserError as error:
+        return str(error), error.exit_code
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a user's module may raise anything
+        module = name.partition(":")[0]
+        why = f"judge {name!r}: importing {module} raises {type(error).__name__}: {error}"
+        return why, ConfigError.exit_code
+    return "", 0
+
+
+if __name__ == "__main__":  # python -m rlhf.data.judges NAME: what the checks before a start ask
+    with open(os.dup(1), "w", encoding="utf-8") as answer:
+        os.dup2(2, 1)  # what a user's module prints is not part of the answer
+        found = problem_with(sys.argv[1])
+        answer.write(json.dumps({"problem": found[0], "exit_code": found[1]}))

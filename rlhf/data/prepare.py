@@ -7,11 +7,9 @@ unique contents and so agree on the split.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import datasets
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf import stall
 from rlhf.config.schema import DataConfig
@@ -21,15 +19,19 @@ from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
-from rlhf.data.sources.base import NoPreference, sha256
+from rlhf.data.sources.base import NoPreference, Row, sha256
 from rlhf.data.split import Assignment, Keys, assign, draw
 from rlhf.data.templates import render
 from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    import datasets
+
 # Raise it when the same settings and data would give other rows.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Split = Literal["train", "eval"]
+Guard = Callable[[Row], Row]
 LEFT_OUT = "held-out row whose prompt is trained on"
 
 
@@ -112,7 +114,8 @@ def prepare(
             f"max_length {max_length} must be more than max_prompt_length {max_prompt_length}: "
             "answers need room"
         )
-    limits = Limits(max_prompt_length, max_length if step != 3 else None, data.long_prompts)
+    total = max_length if step != 3 else None
+    limits = Limits(max_prompt_length, total, data.long_prompts, data.multi_turn)
     request = _Request(data, step, seed, limits, response_column, margins, split)
     encoder = Encoder(tokenizer, data.template)
     sets = open_data_sets(data)
@@ -172,12 +175,12 @@ def _build(
         encoder.template,
     )
     data = request.data
-    samples, keys = _read(data, sets, maker, report)
+    samples, keys = _read(data, sets, maker, encoder.special.guard, report)
     assigned = assign(keys, data.split, data.eval_fraction, request.seed)
     selected = _select(request, samples, assigned, report)
     used = _usable(selected, request, report)
     _check(request, report, only_bad=True)
-    columns, kept = encode(used, request.step, encoder, request.limits, report)
+    columns, kept = encode(used, request.step, encoder, request.limits, report, maker)
     _check(request, report)
     # Test rows that are prompts alone serve step 3; the others measure nothing, and say so.
     if request.split == "eval" and not kept and (used or not selected):
@@ -194,7 +197,11 @@ def _build(
 
 
 def _read(
-    data: DataConfig, sets: Sequence[DataSet], maker: SampleMaker, report: DataReport
+    data: DataConfig,
+    sets: Sequence[DataSet],
+    maker: SampleMaker,
+    guard: Guard,
+    report: DataReport,
 ) -> tuple[list[_Found], list[Keys]]:
     """All usable rows, and per data set the keys of its parts' rows."""
     rows: list[_Found] = []
@@ -206,7 +213,7 @@ def _read(
             readers.update(dict.fromkeys((part.name for part in parts), Reader(shape, data)))
         by_role: tuple[dict[str, str], dict[str, str]] = ({}, {})
         for part in sorted(one.parts, key=lambda part: part.fingerprint):
-            for sample in _samples(part, readers[part.name], maker, report):
+            for sample in _samples(part, readers[part.name], maker, guard, report):
                 if sample.key in seen:
                     report.add_duplicate(sample.where)
                 seen.add(sample.key)
@@ -219,7 +226,7 @@ def _read(
 
 
 def _samples(
-    part: Part, reader: Reader, maker: SampleMaker, report: DataReport
+    part: Part, reader: Reader, maker: SampleMaker, guard: Guard, report: DataReport
 ) -> Iterator[Sample]:
     for where, row in part.rows():
         report.read += 1
@@ -227,7 +234,7 @@ def _samples(
         try:
             if isinstance(row, BadRow):
                 raise row
-            samples = [maker(one, where) for one in reader(row)]
+            samples = [maker(one, where) for one in reader(guard(row))]
         except NoPreference as reason:
             report.add_dropped(str(reason), where)
         except BadRow as reason:

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf.errors import DataError
 
 _PLACES = 5
+CUT_ANSWERS = 0.1  # a larger share of cut answers is warned of
 
 
 @dataclass
@@ -17,15 +18,17 @@ class DataReport:
 
     Every row read, and every pair beyond the first that a row gave (`extra`), is in exactly one of:
     bad, elsewhere, dropped, kept. `shapes`: what each data set was read as.
-    `bad`: reason -> (count, first places). `dropped`: reason -> count. `truncated`: what was cut
-    (`prompt`, `answer`; a pair has two answers) -> count, among the kept rows. `duplicates`: rows
-    whose content was read before; they are kept. `elsewhere`: rows of other steps or splits.
+    `answers`: those of the kept rows that a step reads. `bad`: reason -> (count, first places).
+    `dropped`: reason -> count. `truncated`: what was cut (kinds of prompts, `answer`; a pair has
+    two answers) -> count, among the kept rows. `duplicates`: rows whose content was read before;
+    they are kept. `elsewhere`: rows of other steps or splits.
     `places`: the first places of what is dropped, truncated or a duplicate, by its name in `lines`.
     """
 
     read: int = 0
     kept: int = 0
     elsewhere: int = 0
+    answers: int = 0
     duplicates: int = 0
     extra: int = 0
     shapes: list[str] = field(default_factory=list)
@@ -65,10 +68,10 @@ class DataReport:
         if len(places) < _PLACES:
             places.append(where)
 
-    def _located(self, name: str, count: int) -> str:
+    def _located(self, name: str, count: int, share: str = "") -> str:
         places = self.places.get(name, [])
         more = ", ..." if count > len(places) else ""
-        return f"{name}: {count}" + (f" ({', '.join(places)}{more})" if places else "")
+        return f"{name}: {count}{share}" + (f" ({', '.join(places)}{more})" if places else "")
 
     def lines(self) -> list[str]:
         """For printing: a summary and one line per peculiarity."""
@@ -83,8 +86,17 @@ class DataReport:
         for reason, (count, places) in sorted(self.bad.items()):
             more = ", ..." if count > len(places) else ""
             lines.append(f"bad: {reason}: {count} ({', '.join(places)}{more})")
-        for kind, counts in (("dropped", self.dropped), ("truncated", self.truncated)):
-            lines += [self._located(f"{kind}: {what}", n) for what, n in sorted(counts.items())]
+        lines += [self._located(f"dropped: {what}", n) for what, n in sorted(self.dropped.items())]
+        for what, count in sorted(self.truncated.items()):
+            of, total = ("answers", self.answers) if what == "answer" else ("prompts", self.kept)
+            share = f" = {count / total:.1%} of {total} {of}" if total else ""
+            lines.append(self._located(f"truncated: {what}", count, share))
+        cut = self.truncated["answer"] / self.answers if self.answers else 0.0
+        if cut > CUT_ANSWERS:
+            lines.append(
+                f"WARNING: {cut:.0%} of the answers are cut, {1 - cut:.0%} have EOS: a model that "
+                "learns from them will hardly learn to stop; raise max_length"
+            )
         if self.duplicates:
             found = self._located("duplicates", self.duplicates)
             lines.append(f"{found}: kept, and never in two steps")

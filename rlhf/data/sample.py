@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jinja2
 
 from rlhf.config.schema import DataConfig
 from rlhf.data import placeholders
+from rlhf.data.dialogue import parse_dialogue
 from rlhf.data.shapes import ANSWERS, Example, Shape
 from rlhf.data.shapes.table import number
 from rlhf.data.shapes.turns import extras
 from rlhf.data.sources.base import BadRow, sha256
 from rlhf.data.split import prompt_key
 from rlhf.data.templates import Messages
+from rlhf.data.typed import GUARD, unguarded
 from rlhf.errors import ConfigError
 
 __all__ = ["ANSWERS", "Render", "Sample", "SampleMaker", "need_template"]
+
+_GUARD_IN_JSON = json.dumps(GUARD).strip('"')
 
 
 class Render(Protocol):
@@ -36,7 +40,7 @@ class Sample:
     """A prompt and the answers the row has for it. `where` is the row's place. `key` hashes its
     content, `prompt_key` its prompt (`rlhf.data.split.prompt_key`), both before rendering (so that
     no template, tokenizer or step changes them). `lacks`: why an answer is not there, where that is
-    known."""
+    known. `source`: the turns of a conversation, None of a text that no template wrote."""
 
     prompt: str
     response: str | None
@@ -47,6 +51,7 @@ class Sample:
     key: str = ""
     prompt_key: str = ""
     lacks: str | None = None
+    source: Example | None = None
 
 
 class SampleMaker:
@@ -58,6 +63,7 @@ class SampleMaker:
 
     def __init__(self, data: DataConfig, render: Render, template: str) -> None:
         self._render = render
+        self._turns = data.plain_prompts == "turns"
         self._template = template
         self._response_format = placeholders.parse(data.response_format, "response_format")
         if placeholders.fields(self._response_format) != ["text"]:
@@ -71,6 +77,9 @@ class SampleMaker:
         say what the conversation says; which answers are needed is not asked."""
         margin = _number(example.margin)
         key = _content_key(example, margin)
+        typed = _as_typed(example.prompt)
+        if self._turns:
+            example = _as_turns(example)
         prompt, answers = self._texts(example)
         if not prompt.strip():
             raise BadRow("the prompt is empty")
@@ -81,10 +90,65 @@ class SampleMaker:
             margin=margin,
             where=where,
             key=key,
-            prompt_key=prompt_key(example.prompt),
+            prompt_key=prompt_key(typed),
             lacks=example.lacks,
+            source=None if isinstance(example.prompt, str) else example,
             **{name: answers.get(name) for name in ANSWERS},
         )
+
+    def with_prompt(self, sample: Sample, messages: Messages) -> Sample:
+        """The same conversation with another beginning. Raises BadRow."""
+        assert sample.source is not None
+        source = replace(sample.source, prompt=messages)
+        prompt, answers = self._texts(source)
+        return replace(
+            sample,
+            prompt=prompt,
+            source=source,
+            response=answers.get("response"),
+            chosen=answers.get("chosen"),
+            rejected=answers.get("rejected"),
+        )
+
+    def assistant_turns(self, sample: Sample, name: str, eos: str) -> list[tuple[str, str]]:
+        """Of each assistant turn of prompt and answer: the text since the one before, and its own.
+
+        All of it in order is the rendered conversation (without what follows the last turn's eos),
+        and each turn's text stands after exactly what the template writes before it when it is
+        asked to generate that turn. Raises BadRow where the template writes turns differently once
+        others follow, and ConfigError where it does not end turns with the eos token.
+        """
+        source = sample.source
+        assert source is not None
+        answer = source.answers[name]
+        assert isinstance(source.prompt, list)
+        assert isinstance(answer, list)
+        turns, found, done = [*source.prompt, *answer], [], ""
+        try:
+            for number, turn in enumerate(turns):
+                if turn["role"] != "assistant":
+                    continue
+                before = self._render(turns[:number], True, source.tools)
+                after = self._render(turns[: number + 1], False, source.tools)
+                if not before.startswith(done) or not after.startswith(before):
+                    raise BadRow(
+                        "data.multi_turn=all: the template writes a turn differently once others "
+                        "follow (it may strip reasoning); data.multi_turn=last trains the last"
+                    )
+                text = after[len(before) :]
+                place = _end_of(text, eos)
+                if place < 0 and number < len(turns) - 1:
+                    raise ConfigError(
+                        "data.multi_turn=all: the chat template does not end an assistant turn "
+                        f"with the eos token {eos!r}, so earlier turns would never learn to end; "
+                        "use one that does (data.template=chatml or model), or "
+                        "data.multi_turn=last"
+                    )
+                found.append((before[len(done) :], text[:place] if place >= 0 else text))
+                done = before + (text[: place + len(eos)] if place >= 0 else text)
+        except jinja2.TemplateError as error:
+            raise BadRow(f"refused by the template: {error}") from error
+        return found
 
     def notes(self, shape: Shape) -> list[str]:
         """What the template leaves out of such rows. Raises ConfigError: tools, tool calls."""
@@ -166,9 +230,42 @@ def _content_key(example: Example, margin: float | None) -> str:
     if example.tools:
         content["tools"] = example.tools
     try:
-        return sha256(json.dumps([content, margin], sort_keys=True, default=str))
+        found = json.dumps([content, margin], sort_keys=True, default=str)
+        # Without the marks of one tokenizer's special tokens (typed.py), as JSON escapes them.
+        return sha256(found.replace(_GUARD_IN_JSON, ""))
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
+
+
+def _as_typed(prompt: str | Messages) -> str | Messages:
+    """Without one tokenizer's marks."""
+    if isinstance(prompt, str):
+        return unguarded(prompt)
+    return [{**one, "content": unguarded(one["content"])} for one in prompt]
+
+
+def _as_turns(example: Example) -> Example:
+    """Text as turns: a dialogue by its marks, other text as one user turn."""
+    if not isinstance(example.prompt, str):
+        return example
+    dialogue = parse_dialogue(example.prompt)
+    answers: dict[str, str | Messages] = {}
+    for name, text in example.answers.items():
+        if isinstance(text, str) and text:
+            said = text.removeprefix(" ") if dialogue else text
+            answers[name] = [{"role": "assistant", "content": said}]
+        else:
+            answers[name] = text
+    turns = dialogue or [{"role": "user", "content": example.prompt}]
+    return replace(example, prompt=turns, answers=answers)
+
+
+def _end_of(text: str, eos: str) -> int:
+    """Where the first eos is that a template wrote and nobody typed (typed.py); -1: nowhere."""
+    place = text.find(eos)
+    while place > 0 and text[place - 1] == GUARD:
+        place = text.find(eos, place + 1)
+    return place
 
 
 def _check_text(text: str) -> None:

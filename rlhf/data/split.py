@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from rlhf.data.sources.base import sha256
+from rlhf.data.typed import unguarded
 from rlhf.text import normalised
 
 # A test split that shares prompts with the training rows is cut to its other prompts if there are
@@ -54,7 +55,7 @@ def prompt_key(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         lone = len(prompt) == 1 and prompt[0]["role"] == "user"
         turns = [one["content"] if lone else f"{one['role']}: {one['content']}" for one in prompt]
         prompt = "\n".join(turns)
-    return sha256(normalised(prompt))
+    return sha256(normalised(unguarded(prompt)))
 
 
 def draw(keys: Iterable[str], seed: int, purpose: str) -> list[str]:

@@ -6,9 +6,13 @@ A template begins with the bos token exactly where the tokenizer itself would pu
 
 from __future__ import annotations
 
+import json
+from datetime import datetime
 from typing import Any
 
 import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlhf.errors import ConfigError
 
@@ -32,6 +36,7 @@ _CHATML = """\
 
 _PLAIN: Messages = [{"role": "user", "content": "a"}]
 TEMPLATES = {"human_assistant": _HUMAN_ASSISTANT, "chatml": _CHATML}
+DEFAULT = "human_assistant"  # of a model without a template of its own
 
 
 def prepends_bos(tokenizer: Any) -> bool:
@@ -43,11 +48,16 @@ def prepends_bos(tokenizer: Any) -> bool:
 def template_text(tokenizer: Any, name: str) -> str:
     """The Jinja text that a `data.template` setting means for this tokenizer.
 
-    Raises ConfigError: `model` without a template of its own, `chatml` on a vocabulary without its
-    tokens, a name that is none of ours and no Jinja text.
+    `auto` is the tokenizer's own, or DEFAULT where it has none. Raises ConfigError: `model` without
+    a template of its own, `chatml` on a vocabulary without its tokens, a name that is none of ours
+    and no Jinja text.
     """
+    text = tokenizer.chat_template
+    if isinstance(text, dict):
+        text = text.get("default")
+    if name == "auto":
+        name = "model" if text else DEFAULT
     if name == "model":
-        text = tokenizer.chat_template
         if not isinstance(text, str) or not text:
             raise ConfigError(
                 "data.template 'model': this tokenizer has no chat template of its own; use "
@@ -60,7 +70,7 @@ def template_text(tokenizer: Any, name: str) -> str:
         return ("{{- bos_token }}" if prepends_bos(tokenizer) else "") + TEMPLATES[name]
     if "{{" not in name:
         raise ConfigError(
-            f"data.template {name!r}: neither {', '.join(TEMPLATES)}, model nor Jinja text "
+            f"data.template {name!r}: neither auto, {', '.join(TEMPLATES)}, model nor Jinja text "
             "(which has {{ ... }} in it)"
         )
     return name
@@ -117,3 +127,30 @@ def template_bos(tokenizer: Any, text: str) -> str:
     except jinja2.TemplateError as error:
         raise ConfigError(f"data.template: {error} in {text!r}") from error
     return bos if bos and rendered.startswith(bos) else ""
+
+
+def sandbox_render(text: str, messages: Messages, generate: bool = True, tools: Any = None) -> str:
+    """`render` without a tokenizer: bos and eos are empty.
+
+    As transformers does it, in Jinja's sandbox. Raises jinja2.TemplateError.
+    """
+
+    def refuse(reason: str) -> None:
+        raise jinja2.TemplateError(reason)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(text).render(
+            messages=messages,
+            add_generation_prompt=generate,
+            bos_token="",
+            eos_token="",
+            tools=tools,
+        )
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error

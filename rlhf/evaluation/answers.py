@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlhf.evaluation.intervals import Interval, by_prompt, mean_interval, share_interval
+from rlhf.evaluation.variety import distinct_2
+from rlhf.text import normalised
+
+__all__ = ["AnswerRecord", "Column", "column", "columns", "distinct_2", "prompt_keys", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -22,47 +27,77 @@ class AnswerRecord:
     kl: float
     judge: float | None
 
+    def as_json(self) -> dict[str, Any]:
+        """In JSON's own types."""
+        return asdict(self)
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% confidence interval (normal approximation)."""
-    if len(values) < 2:
-        return (values[0] if values else math.nan), math.nan
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), half
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> AnswerRecord:
+        return cls(**value)
 
 
-def distinct_2(answers: Sequence[list[int]]) -> float:
-    """Different token pairs / all token pairs over all answers (Li et al. 2016)."""
-    pairs = [pair for answer in answers for pair in itertools.pairwise(answer)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
+@dataclass(frozen=True)
+class Column:
+    """One figure of a model: its mean over each prompt's answers; `share`: of yes and no."""
+
+    by_prompt: list[float]
+    answers: int
+    share: bool
+
+    @property
+    def interval(self) -> Interval:
+        if self.share:
+            return share_interval(self.by_prompt, self.answers)
+        return mean_interval(self.by_prompt)
+
+
+def prompt_keys(records: Sequence[AnswerRecord]) -> list[str]:
+    """What makes two answers' prompts the same prompt."""
+    return [normalised(record.prompt) for record in records]
+
+
+def column(
+    records: Sequence[AnswerRecord], figure: Callable[[AnswerRecord], float], share: bool = False
+) -> Column:
+    values = [figure(record) for record in records]
+    return Column(by_prompt(prompt_keys(records), values), len(records), share)
+
+
+def columns(
+    records: Sequence[AnswerRecord], good: Callable[[float], bool] | None
+) -> dict[str, Column]:
+    """reward, kl, length, eos_fraction, and with a judge judge and judge_good."""
+    found = {
+        "reward": column(records, lambda r: r.score),
+        "kl": column(records, lambda r: r.kl),
+        "length": column(records, lambda r: len(r.ids)),
+        "eos_fraction": column(records, lambda r: float(r.ended), share=True),
+    }
+    if good is not None and all(record.judge is not None for record in records):
+        is_good = good
+        found["judge"] = column(records, lambda r: r.judge or 0.0)
+        found["judge_good"] = column(records, lambda r: float(is_good(r.judge or 0.0)), share=True)
+    return found
 
 
 def summarise(
     records: Sequence[AnswerRecord], good: Callable[[float], bool] | None
 ) -> dict[str, float]:
-    """Figures of one model over the held-out prompts."""
-    reward, half = mean_interval([r.score for r in records])
-    kl, kl_half = mean_interval([r.kl for r in records])
-    summary = {
+    """Figures of one model: means over prompts, 95% intervals (`_low`, `_high`) over prompts.
+
+    `kl_per_token` is the sum of KL / the sum of tokens; `reward_std` is over answers. What cannot
+    be measured (an interval of a single prompt, the deviation of one answer) is absent.
+    """
+    found = columns(records, good)
+    tokens = sum(len(r.ids) for r in records)
+    summary: dict[str, float | None] = {
         "answers": float(len(records)),
-        "reward": reward,
-        "reward_ci": half,
-        "reward_std": statistics.stdev(r.score for r in records) if len(records) > 1 else 0.0,
-        "kl": kl,
-        "kl_ci": kl_half,
-        "length": statistics.fmean(len(r.ids) for r in records),
-        "eos_fraction": statistics.fmean(float(r.ended) for r in records),
+        "prompts": float(len(found["reward"].by_prompt)),
+        "reward_std": statistics.stdev(r.score for r in records) if len(records) > 1 else None,
+        "kl_per_token": sum(r.kl for r in records) / tokens if tokens else None,
         "distinct_2": distinct_2([r.ids for r in records]),
     }
-    points = [r.judge for r in records if r.judge is not None]
-    if points and good is not None:
-        summary["judge"], summary["judge_ci"] = mean_interval(points)
-        summary["judge_good"] = statistics.fmean(float(good(p)) for p in points)
-    return summary
-
-
-def paired_gain(
-    after: Sequence[AnswerRecord], before: Sequence[AnswerRecord]
-) -> tuple[float, float]:
-    """Mean rise of the reward over the same prompts, and half its 95% interval."""
-    return mean_interval([a.score - b.score for a, b in zip(after, before, strict=True)])
+    for name, figure in found.items():
+        interval = figure.interval
+        summary |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {name: value for name, value in summary.items() if value is not None}

@@ -1,6 +1,6 @@
-"""The verdict of a run: what was learned, in figures and words. Imports no torch.
+"""The verdict of a run: what was learned, and how sure that is. Imports no torch.
 
-`python -m rlhf.evaluation.verdict RUN_DIR` prints it again and exits 1 when a check fails.
+`python -m rlhf.evaluation.verdict RUN_DIR` prints it again and exits 1 unless it is `learned`.
 """
 
 from __future__ import annotations
@@ -8,129 +8,121 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rlhf.errors import UserError
-from rlhf.redact import printable
-from rlhf.store import RunDir, read_json
+from rlhf.errors import RequirementError, UserError
+from rlhf.evaluation.answers import AnswerRecord, prompt_keys, summarise
+from rlhf.evaluation.compare import compare
+from rlhf.evaluation.published import verdict_of
+from rlhf.evaluation.render import render
+from rlhf.evaluation.reward_model import judge_reward_model
+from rlhf.evaluation.rules import LEARNED, Evidence, decide
+from rlhf.store import RunDir
 
-MAX_KL = 15.0  # nats per answer: beyond it the policy has left what the reward model knows
-EOS_SLACK = 0.02
-DISTINCT_SHARE = 0.8
+__all__ = ["build_verdict", "main", "render"]
+
+FORMAT = 2
+
+
+class NamedJudge(Protocol):
+    """What a verdict needs of `rlhf.data.judges.Judge`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def good(self) -> Callable[[float], bool]: ...
+
+
+class HeldOutPrompts(Protocol):
+    """What a verdict needs of `rlhf.data.HeldOut`."""
+
+    @property
+    def prompts(self) -> int: ...
+    @property
+    def seen(self) -> int: ...
 
 
 def build_verdict(
+    answers: Mapping[str, Sequence[AnswerRecord]],
     *,
-    models: dict[str, dict[str, float]],
-    gain: tuple[float, float],
-    samples: list[dict[str, str]],
-    sft: dict[str, Any],
-    reward: dict[str, Any],
-    judge: str | None,
+    held_out: HeldOutPrompts | None,
+    sft: Mapping[str, Any],
+    reward: Mapping[str, Any],
+    judge: NamedJudge | None,
+    samples: int,
 ) -> dict[str, Any]:
-    """Figures and checks.
+    """Figures, comparisons and outcomes.
 
     Args:
-        models: "base" (if known), "sft", "ppo" -> `answers.summarise`'s figures.
-        gain: mean rise of PPO's reward over SFT's on the same prompts, half its 95% interval.
-        samples: prompt and the models' answers.
+        answers: sft and ppo, and where they are there base and ema, to the same prompts in the
+            same order. Several answers to one prompt count as one, their mean.
+        held_out: how many different prompts are held out, and how many of them training has seen.
         sft, reward: metrics of the parents' manifests, empty for foreign models.
-        judge: name of the rule-based judge.
+        judge: whose points the records have.
+        samples: how many prompts are shown with all models' answers.
+
+    Raises ValueError for models that answered different prompts.
     """
-    before, after = models["sft"], models["ppo"]
-    std = before["reward_std"] or 1.0
-    checks = {
-        "reward rose by more than its confidence interval": gain[0] > gain[1],
-        f"KL to the reference is below {MAX_KL:g} nats per answer": after["kl"] < MAX_KL,
-        "answers still end": after["eos_fraction"] >= before["eos_fraction"] - EOS_SLACK,
-        "answers stay varied": after["distinct_2"] >= DISTINCT_SHARE * before["distinct_2"],
-    }
-    if "judge" in after:
-        checks[f"the judge ({judge}) agrees"] = after["judge"] > before["judge"]
-        checks["more answers are fully good"] = after["judge_good"] > before["judge_good"]
-    return {
-        "sft_perplexity": sft.get("perplexity"),
-        "reward_accuracy": reward.get("accuracy"),
+    good = judge.good if judge else None
+    models = {name: summarise(records, good) for name, records in answers.items()}
+    judged = judge_reward_model(reward)
+    comparisons, decisions = {}, {}
+    for name in ("ppo", "ema"):
+        if name in answers:
+            found = compare(answers["sft"], answers[name], good)
+            own = models[name]
+            evidence = Evidence(
+                found=found,
+                deviation=models["sft"].get("reward_std", 0.0),
+                prompts=int(own["prompts"]),
+                kl=own["kl"],
+                kl_high=own.get("kl_high"),
+                kl_per_token=own.get("kl_per_token", 0.0),
+                judge=judge.name if judge and "judge" in own else None,
+            )
+            comparisons[name] = {key: value.as_json() for key, value in found.items()}
+            decisions[name] = decide(evidence, judged).__dict__
+    gain = comparisons["ppo"]["reward"]
+    deviation = models["sft"].get("reward_std", 0.0)
+    verdict = {
+        "format": FORMAT,
+        "outcome": decisions["ppo"]["outcome"],
+        "learned": decisions["ppo"]["outcome"] == LEARNED,
+        "decisions": decisions,
+        "comparisons": comparisons,
         "models": models,
-        "gain": gain[0],
-        "gain_ci": gain[1],
-        "gain_in_sft_std": gain[0] / std,
-        "judge": judge,
-        "samples": samples,
-        "checks": checks,
-        "learned": all(checks.values()),
+        "answers": len(answers["sft"]),
+        "prompts": len(set(prompt_keys(answers["sft"]))),
+        "judge": judge.name if judge else None,
+        "gain": gain["change"],
+        "sft_perplexity": sft.get("perplexity"),
+        "sft_perplexity_before": sft.get("perplexity_before"),
+        "reward_accuracy": reward.get("accuracy"),
+        "reward_accuracy_before": reward.get("accuracy_before"),
+        "reward_model": judged._asdict(),
+        "samples": _samples(answers, samples),
     }
+    if "low" in gain:
+        verdict |= {"gain_low": gain["low"], "gain_high": gain["high"]}
+    if deviation:
+        verdict["gain_in_sft_std"] = gain["change"] / deviation
+    if held_out is not None:
+        verdict["held_out"] = {"prompts": held_out.prompts, "seen": held_out.seen}
+    return verdict
 
 
-def render(verdict: dict[str, Any]) -> str:
-    """The verdict as text for a person."""
-    lines = ["", "VERDICT"]
-    if verdict["sft_perplexity"] is not None:
-        lines.append(f"  step 1  SFT held-out perplexity     {verdict['sft_perplexity']:.3f}")
-    if verdict["reward_accuracy"] is not None:
-        lines.append(f"  step 2  reward held-out accuracy    {verdict['reward_accuracy']:.4f}")
-    lines.append(
-        f"  step 3  reward gain PPO over SFT    {verdict['gain']:+.3f} +- {verdict['gain_ci']:.3f}"
-        f"  ({verdict['gain_in_sft_std']:.2f} SFT standard deviations)"
-    )
-    lines += ["", *_table(verdict), ""]
-    for sample in verdict["samples"]:
-        lines.append(f"  prompt: {sample['prompt'].strip()!r}")
-        lines += [f"    {name:>4}: {text!r}" for name, text in sample.items() if name != "prompt"]
-    lines.append("")
-    for check, passed in verdict["checks"].items():
-        lines.append(f"  [{'ok' if passed else 'NO'}] {check}")
-    count = int(verdict["models"]["ppo"]["answers"])
-    lines.append(
-        f"  {'It learned' if verdict['learned'] else 'It did NOT learn as it should'}: "
-        f"{sum(verdict['checks'].values())} of {len(verdict['checks'])} checks hold, "
-        f"{count} answers to held-out prompts, 95% intervals."
-    )
-    # What a model wrote is quoted above, escape sequences and all; names and judges are not.
-    return printable("\n".join(lines) + "\n")
-
-
-def _table(verdict: dict[str, Any]) -> list[str]:
-    judge = verdict["judge"]
-    head = ["model", "reward", "KL", "length", "EOS", "distinct-2"]
-    head += [f"judge ({judge})", "fully good"] if judge else []
-    rows = [head]
-    for name, m in verdict["models"].items():
-        row = [
-            name,
-            f"{m['reward']:.3f} +- {m['reward_ci']:.3f}",
-            f"{m['kl']:.2f}",
-            f"{m['length']:.1f}",
-            f"{m['eos_fraction']:.3f}",
-            f"{m['distinct_2']:.3f}",
-        ]
-        if judge:
-            row += [f"{m['judge']:.3f} +- {m['judge_ci']:.3f}", f"{m['judge_good']:.3f}"]
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+def _samples(answers: Mapping[str, Sequence[AnswerRecord]], count: int) -> list[dict[str, str]]:
+    """Answers to different prompts, side by side."""
+    firsts: dict[str, int] = {}
+    for index, key in enumerate(prompt_keys(answers["sft"])):
+        firsts.setdefault(key, index)
     return [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        {"prompt": answers["sft"][i].prompt}
+        | {name: records[i].answer for name, records in answers.items()}
+        for i in list(firsts.values())[:count]
     ]
-
-
-def _with_floats(verdict: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: the store writes it as text (intervals of a single prompt)."""
-    figures = {key: float(verdict[key]) for key in ("gain", "gain_ci", "gain_in_sft_std")}
-    models = {
-        name: {key: float(value) for key, value in model.items()}
-        for name, model in _in_order(verdict["models"]).items()
-    }
-    samples = [_in_order(sample) for sample in verdict["samples"]]
-    return verdict | figures | {"models": models, "samples": samples}
-
-
-def _in_order(by_model: dict[str, Any]) -> dict[str, Any]:
-    """JSON files have their keys sorted; a person reads base, SFT, PPO."""
-    return {key: by_model[key] for key in ("prompt", "base", "sft", "ppo") if key in by_model}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,19 +137,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        verdict = _with_floats(read_json(RunDir(args.run).step_dir(3) / "verdict.json"))
+        verdict = verdict_of(RunDir(args.run))
+        if verdict.get("format") != FORMAT:
+            raise RequirementError(
+                f"{args.run}: its verdict is an older release's. Make it again with: "
+                f"python train.py evaluate {args.run}"
+            )
     except UserError as error:
-        print(f"error: {error}. Step 3 writes it at its end", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(json.dumps(verdict, indent=2) if args.json else render(verdict))
-    failures = [check for check, passed in verdict["checks"].items() if not passed]
-    if (verdict["reward_accuracy"] or 0.0) < args.min_accuracy:
-        failures.append(f"reward accuracy {verdict['reward_accuracy']} < {args.min_accuracy}")
-    if not verdict["gain_in_sft_std"] >= args.min_gain:  # NaN, of too few prompts, is no gain
-        failures.append(f"gain {verdict['gain_in_sft_std']:.3f} < {args.min_gain} SFT std")
+    failures = _failures(verdict, args.min_accuracy, args.min_gain)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _failures(verdict: dict[str, Any], min_accuracy: float, min_gain: float) -> list[str]:
+    failures = []
+    if verdict["outcome"] != LEARNED:
+        failures.append(f"{verdict['outcome']}: {verdict['decisions']['ppo']['rule']}")
+    accuracy = verdict["reward_accuracy"]
+    if min_accuracy and (accuracy is None or not float(accuracy) >= min_accuracy):
+        said = "unknown" if accuracy is None else accuracy
+        failures.append(f"reward accuracy {said} < {min_accuracy}")
+    gain = verdict.get("gain_in_sft_std")
+    if min_gain and (gain is None or not float(gain) >= min_gain):
+        said = "unknown" if gain is None else f"{float(gain):.3f}"
+        failures.append(f"gain {said} < {min_gain} SFT std")
+    return failures
 
 
 if __name__ == "__main__":

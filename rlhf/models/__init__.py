@@ -1,6 +1,7 @@
 """Models: names, families, policy (causal) and scalar (reward, critic) models, adapters, saving."""
 
 from rlhf.models.causal import CausalModel, load_causal
+from rlhf.models.generation import sampling_settings
 from rlhf.models.info import check_positions, describe
 from rlhf.models.loading import choose_dtype
 from rlhf.models.save import Snapshot, model_card
@@ -24,6 +25,7 @@ __all__ = [
     "load_tokenizer",
     "materialise",
     "model_card",
+    "sampling_settings",
     "share",
     "why_not_shared",
 ]

@@ -31,12 +31,33 @@ def add_adapters(model: Any, lora: LoraConfig, *, task: str, dropout: bool) -> A
         return model
     config = lora_config(model, lora, task=task, dropout=dropout)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(
             f"lora.target_modules {lora.target_modules!r} do not fit "
             f"{type(model).__name__}: {error}. Use `all-linear` or names of its linear layers."
         ) from error
+    _refuse_position_tables(adapted, lora)
+    return adapted
+
+
+def _refuse_position_tables(model: Any, lora: LoraConfig) -> None:
+    """peft's embedding layer looks ids up; OPT's position table is called with a mask."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        inner = layer.get_base_layer()
+        own_forward = type(inner).forward is not torch.nn.Embedding.forward
+        # A scale on the looked-up rows (Gemma 3) is something that peft knows.
+        if (
+            isinstance(inner, torch.nn.Embedding)
+            and own_forward
+            and not hasattr(inner, "embed_scale")
+        ):
+            raise ConfigError(
+                f"lora.target_modules {lora.target_modules!r} takes in {name.rsplit('.', 1)[-1]}, "
+                f"a {type(inner).__name__}, which peft cannot adapt: leave it out"
+            )
 
 
 def lora_config(model: Any, lora: LoraConfig, *, task: str, dropout: bool) -> PeftLora:
@@ -69,15 +90,18 @@ def _targets(model: Any, lora: LoraConfig) -> Any:
         {
             name.rsplit(".", 1)[-1]
             for name, module in model.named_modules()
-            if (
-                isinstance(module, torch.nn.Linear | LoraLayer) or type(module).__name__ == "Conv1D"
-            )
+            if _is_linear(module)
             and ".lora_" not in name
             and not name.endswith(".base_layer")
             and module is not head
             and module is not score
         }
     )
+
+
+def _is_linear(module: Any) -> bool:
+    inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return isinstance(inner, torch.nn.Linear) or type(inner).__name__ == "Conv1D"
 
 
 @contextmanager
@@ -96,14 +120,14 @@ def merged_state(
     """The plain Hugging Face state dict on CPU, `adapters` added into the weights they adapt.
 
     Collective under ZeRO-3: every rank calls it; only those with `keep` get the tensors. Tied
-    weights appear once, under their first name.
+    weights appear once, under their first name, unless an adapter on one of them parts them.
     """
     hf = plain(model)
     state: dict[str, torch.Tensor] = {}
     adapted: dict[str, Any] = {
         name: m
         for name, m in hf.named_modules()
-        if isinstance(m, LoraLayer) and any(adapter in m.lora_A for adapter in adapters)
+        if isinstance(m, LoraLayer) and any(_has(m, adapter) for adapter in adapters)
     }
     for name, module in adapted.items():
         with gathered(module.parameters()), torch.no_grad():
@@ -111,10 +135,16 @@ def merged_state(
                 base = module.get_base_layer()
                 weight = base.weight
                 for adapter in adapters:
-                    if adapter in module.lora_A:
+                    if _has(module, adapter):
                         weight = weight + module.get_delta_weight(adapter).to(base.weight.dtype)
                 state[f"{name}.weight"] = weight.cpu()
-    for name, parameter in hf.named_parameters():
+    # A weight tied to an adapted one is another weight once that is merged: both are kept.
+    tied = {id(module.get_base_layer().weight) for module in adapted.values()}
+    seen: set[int] = set()
+    for name, parameter in hf.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen and id(parameter) not in tied:
+            continue
+        seen.add(id(parameter))
         key = _plain_key(name)
         if key is None or key.removesuffix(".weight") in adapted:  # the same on every rank
             continue
@@ -129,6 +159,11 @@ def merged_state(
     return state
 
 
+def _has(layer: Any, adapter: str) -> bool:
+    """peft keeps an embedding's matrices under another name."""
+    return adapter in layer.lora_A or adapter in layer.lora_embedding_A
+
+
 def _plain_key(name: str) -> str | None:
     """A parameter's name without peft's insertions; None for parameters that only peft has."""
     if "lora_" in name or ".original_module." in name:
@@ -140,7 +175,7 @@ def adapter_state(model: PeftModel, keep: bool) -> dict[str, torch.Tensor]:
     """The model's own adapters' parameters on CPU, with peft's names; collective under ZeRO-3."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        if ".default." in name and ("lora_" in name or ".modules_to_save." in name):
+        if f"{name}.".find(".default.") >= 0 and ("lora_" in name or ".modules_to_save." in name):
             with gathered([parameter]):
                 if keep:
                     state[name] = parameter.detach().cpu().clone()

@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.needed import FIRST_QUERY, runs_again
+from rlhf.models.trusted import attention_fits
 
 NAME = "rlhf_blocks"
 QUERY_BLOCK = 64  # queries scored at once
@@ -194,6 +195,8 @@ def fast_attention(model: Any) -> AbstractContextManager[None]:
     parameter = next(model.parameters())
     half = parameter.dtype in (torch.bfloat16, torch.float16)
     if parameter.device.type != "cpu" or not half or runs_again(model):
+        return nullcontext()
+    if not attention_fits(model, NAME, attention_named):
         return nullcontext()
     return attention_named(model, NAME)
 

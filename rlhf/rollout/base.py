@@ -11,7 +11,8 @@ from deepspeed.runtime.rollout import RolloutEngine, RolloutRequest
 from torch import Tensor
 
 from rlhf.errors import ConfigError
-from rlhf.rollout.generation import Generation, assemble, special_ids
+from rlhf.models.generation import end_ids
+from rlhf.rollout.generation import Generation, assemble, base_model, causal_lm, special_ids
 from rlhf.rollout.stopping import StopStrings
 
 
@@ -50,10 +51,23 @@ class Rollouts(RolloutEngine):
         self.engine = engine
         self.batch_size = batch_size
         self.pad, self.eos = special_ids(tokenizer)
+        self.eos_ids = end_ids(tokenizer, base_model(causal_lm(engine.module)))
         self.stop = StopStrings(tokenizer, stop)
         self.gather = gather
         self.lockstep = lockstep
         self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's: ids beyond it are never sampled; None: the model has no others."""
+        return getattr(self.engine.module, "vocab_size", None)
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Which tokens end an answer: bool of their shape."""
+        found = tokens == self.eos
+        for other in self.eos_ids[1:]:
+            found |= tokens == other
+        return found
 
     def finished(
         self,
@@ -75,7 +89,7 @@ class Rollouts(RolloutEngine):
         rows: list[list[int]] = []
         for row, (ids, mask) in enumerate(zip(out.answers, out.answer_mask, strict=True)):
             sampled: list[int] = ids[mask].tolist()
-            if out.ended[row] and sampled[-1] != self.eos:
+            if out.ended[row] and sampled[-1] not in self.eos_ids:
                 read = self.stop.read(sampled, self.eos, limit)
                 out.ended[row] = read is not None
                 sampled = read or sampled

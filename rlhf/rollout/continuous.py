@@ -191,7 +191,7 @@ class _Run:
         rows, counts, tokens, positions = self.state[:, first : self.live]
         sampling = self.sampling
         chosen, log_probs = choose(
-            logits,
+            logits[:, : self.owner.vocab_size],
             self.uniform[rows, counts],
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -202,7 +202,7 @@ class _Run:
         tokens.copy_(chosen)
         counts += 1
         positions += 1
-        ended = chosen == self.owner.eos
+        ended = self.owner.ends(chosen)
         if self.owner.stop:
             ended |= self.owner.stop.completed(self.answers[rows], counts)
         done = ended | (counts >= self.limit)

@@ -8,26 +8,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf.errors import ConfigError
 from rlhf.rollout.attention import lean_attention
 from rlhf.rollout.generation import base_model
 from rlhf.rollout.lean import Layers, LeanForward
 from rlhf.rollout.packing import packed_linears, weight_and_bias
+from rlhf.rollout.probe import Forward, Way, choose_way
 from rlhf.rollout.slab import Slab
-
-
-class Forward(Protocol):
-    """What a rollout needs of a model."""
-
-    def prefill(self, ids: Tensor, mask: Tensor) -> tuple[Layers, Tensor]: ...
-
-    def decode(self, tokens: Tensor, positions: Tensor, slab: Slab) -> Tensor: ...
 
 
 class ModuleForward:
@@ -66,9 +58,35 @@ class ModuleForward:
         self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
 
+class RereadForward(ModuleForward):
+    """The model's own forward over the whole row for every token: for any family, and slow.
+
+    The slab holds the rows' ids instead of keys: one layer, one head of size 1.
+    """
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> tuple[Layers, Tensor]:
+        """See LeanForward.prefill."""
+        held = ids[:, None, :, None]
+        return [(held, held)], self._reread(ids, mask)
+
+    def decode(self, tokens: Tensor, positions: Tensor, slab: Slab) -> Tensor:
+        """See LeanForward.decode."""
+        held = tokens[:, None, None]
+        rows, _ = slab.layers[0].update(held[:, :, None], held[:, :, None])
+        return self._reread(rows[:, 0, :, 0], slab.mask)
+
+    def _reread(self, ids: Tensor, mask: Tensor) -> Tensor:
+        options: dict[str, Any] = dict(self._options)
+        if self._positions:
+            options["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        output = self._model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **options)
+        return output.logits[:, -1]
+
+
 @contextmanager
 def forward_of(model: Any, *, lean: bool, whole: bool) -> Iterator[Forward]:
-    """The fastest forward for a model whose weights do not change inside.
+    """The fastest forward for a model whose weights do not change inside, of those that are right:
+    each is tried on a few tokens before it is used (probe.py).
 
     Args:
         lean: False: the model's own forward and weights, nothing of ours but the attention.
@@ -76,24 +94,42 @@ def forward_of(model: Any, *, lean: bool, whole: bool) -> Iterator[Forward]:
             own modules must run so that they can be gathered.
 
     Raises:
-        ConfigError: the model keeps a recurrent state.
+        ConfigError: no way to run this family over left-padded rows gives its own numbers.
     """
-    base = base_model(model)
-    if getattr(base, "_is_stateful", False):
-        raise ConfigError(
-            f"{type(base).__name__} keeps a recurrent state, which the continuous rollout "
-            "does not support: set rollout.engine to hybrid"
-        )
-    ours = LeanForward.of(model) if lean and whole else None
-    if ours is not None:
-        head = model.get_output_embeddings()
-        plain = weight_and_bias(head) is not None  # `ours` has packed it
-        with nullcontext() if plain else packed_linears(head):
-            yield ours
+    ways: dict[str, Way] = {}
+    if lean and whole:
+        ways["packed"] = _packed_way
+    if not getattr(base_model(model), "_is_stateful", False):
+        ways |= {"cached": _cached_way(lean and whole, ours=True)}
+        ways |= {"cached by its own attention": _cached_way(lean and whole, ours=False)}
+    ways["read again for every token"] = _reread_way
+    with choose_way(model, ways)(model) as forward:
+        assert forward is not None
+        yield forward
+
+
+@contextmanager
+def _packed_way(model: Any) -> Iterator[Forward | None]:
+    ours = LeanForward.of(model)
+    if ours is None:
+        yield None
         return
-    with lean_attention(model):
-        if lean and whole:
-            with packed_linears(model):
-                yield ModuleForward(model)
-        else:
+    head = model.get_output_embeddings()
+    plain = weight_and_bias(head) is not None  # `ours` has packed it
+    with nullcontext() if plain else packed_linears(head):
+        yield ours
+
+
+def _cached_way(packed: bool, *, ours: bool) -> Way:
+    @contextmanager
+    def way(model: Any) -> Iterator[Forward | None]:
+        attention = lean_attention(model) if ours else nullcontext()
+        with attention, packed_linears(model) if packed else nullcontext():
             yield ModuleForward(model)
+
+    return way
+
+
+@contextmanager
+def _reread_way(model: Any) -> Iterator[Forward | None]:
+    yield RereadForward(model)

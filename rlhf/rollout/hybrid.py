@@ -20,6 +20,7 @@ from deepspeed.runtime.rollout import (
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from rlhf.models.generation import without_text
 from rlhf.rollout.base import Rollouts
 from rlhf.rollout.generation import (
     Generation,
@@ -55,7 +56,12 @@ class HybridRollout(Rollouts):
         plain = replace(sampling, continuous_batch_size=None)
         prompts = max(1, self.batch_size // samples)
         parts = []
-        with self.gather(), _evaluating(self.engine), _plain_generation(model), self._random():
+        with (
+            self.gather(),
+            _evaluating(self.engine),
+            _plain_generation(model, self.vocab_size),
+            self._random(),
+        ):
             for ids, mask in zip(
                 request.prompt_ids.split(prompts),
                 request.prompt_attention_mask.split(prompts),
@@ -80,7 +86,7 @@ class HybridRollout(Rollouts):
 
     def _ends(self, answers: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths (B,) and ended (B,) from the first EOS or stop string in answers (B, A)."""
-        is_eos = answers == self.eos
+        is_eos = self.ends(answers)
         ended = is_eos.any(dim=1)
         limit = torch.full_like(answers[:, 0], answers.shape[1])
         lengths = torch.where(ended, is_eos.long().argmax(dim=1) + 1, limit)
@@ -107,12 +113,12 @@ def _evaluating(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Hide the model's generation defaults (repetition penalty, sampling filters, other EOS
-    ids): the policy that is scored must be the one that samples (ALGORITHM.md 14)."""
+def _plain_generation(model: Any, vocab_size: int | None) -> Iterator[None]:
+    """Hide the model's generation defaults (repetition penalty, sampling filters): the policy that
+    is scored must be the one that samples (ALGORITHM.md 14), from the tokenizer's ids alone."""
     base = base_model(model)
     before = base.generation_config
-    base.generation_config = GenerationConfig()
+    base.generation_config = GenerationConfig(suppress_tokens=without_text(base, vocab_size))
     try:
         yield
     finally:

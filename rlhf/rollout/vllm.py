@@ -74,7 +74,7 @@ class VLLMRollout(Rollouts):
             outputs = self._llm.generate(*self._requests(request, sampling), use_tqdm=False)
             self._sleep()
         answers, log_probs, counts = self._read(outputs, limit)
-        ended = (answers == self.eos).any(dim=1)
+        ended = self.ends(answers).any(dim=1)
         if self.stop:
             stops = self.stop.first_ends(answers, counts)
             counts = torch.where(stops > 0, stops, counts)
@@ -117,7 +117,7 @@ class VLLMRollout(Rollouts):
             self._llm.wake_up()
         if self._stale:
             with self.gather():
-                weights = list(named_weights(causal_lm(self.engine.module)))
+                weights = list(named_weights(causal_lm(self.engine.module), self.vocab_size))
                 self._llm.collective_rpc(load_weights, args=(weights,))
             self._llm.reset_prefix_cache()
             self._stale = False
@@ -147,7 +147,7 @@ class VLLMRollout(Rollouts):
         if dist.is_initialized() and dist.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
         with tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as directory:
-            write_config(base, Path(directory))
+            write_config(base, Path(directory), self.vocab_size)
             self._llm = LLM(
                 model=directory,
                 skip_tokenizer_init=True,
@@ -184,7 +184,7 @@ class VLLMRollout(Rollouts):
                     top_k=max(sampling.top_k, 0),
                     top_p=sampling.top_p,
                     seed=seed,
-                    stop_token_ids=[self.eos],
+                    stop_token_ids=list(self.eos_ids),
                     ignore_eos=True,  # what the model's own files call EOS does not count
                     logprobs=0,
                     detokenize=False,
@@ -214,24 +214,33 @@ class VLLMRollout(Rollouts):
         return self._temperature not in (0.0, 1.0) and sampling.temperature > 0 and not filtered
 
 
-def write_config(model: Any, directory: Path) -> None:
-    """config.json as vLLM needs it: with the architecture's name."""
+def write_config(model: Any, directory: Path, vocab_size: int | None = None) -> None:
+    """config.json as vLLM needs it: with the architecture's name, and no row that the tokenizer
+    has no token for."""
     config = type(model.config).from_dict(model.config.to_dict())
+    if vocab_size is not None:
+        config.get_text_config().vocab_size = vocab_size
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
 
 
-def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The base model's weights under its own names, adapters merged into copies."""
+def named_weights(model: Any, vocab_size: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The base model's weights under its own names, adapters merged into copies; of embeddings and
+    head the first `vocab_size` rows."""
+    base = base_model(model)
+    tables = [base.get_input_embeddings(), base.get_output_embeddings()]
+    by_token = {id(p) for table in tables if table is not None for p in table.parameters()}
     merged: dict[int, Tensor] = {}
     for module in model.modules():
         layer = getattr(module, "base_layer", None)
         if isinstance(layer, nn.Module) and hasattr(module, "get_delta_weight"):
             delta = sum(module.get_delta_weight(name) for name in module.active_adapters)
             merged[id(layer.weight)] = layer.weight.data + delta
-    for name, parameter in base_model(model).named_parameters():
+    for name, parameter in base.named_parameters():
         if "lora_" not in name:
-            yield name.replace(".base_layer.", "."), merged.get(id(parameter), parameter.data)
+            weight = merged.get(id(parameter), parameter.data)
+            rows = vocab_size if id(parameter) in by_token else None
+            yield name.replace(".base_layer.", "."), weight[:rows]
 
 
 def load_weights(worker: Any, weights: list[tuple[str, Tensor]]) -> None:

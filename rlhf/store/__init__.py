@@ -1,5 +1,6 @@
 """Run directories and artifacts: written atomically, proven before use. Imports no torch."""
 
+from rlhf.store.evaluation import NO_VERDICT, find_evaluation
 from rlhf.store.files import cache_root, private_directory
 from rlhf.store.jsonio import (
     canonical_json,
@@ -12,6 +13,7 @@ from rlhf.store.jsonio import (
 )
 from rlhf.store.layout import ARTIFACTS, STEP_DIRS, RunDir
 from rlhf.store.manifest import (
+    CARD,
     KINDS,
     MANIFEST,
     FileRecord,
@@ -20,20 +22,24 @@ from rlhf.store.manifest import (
     read_manifest,
     verify,
 )
-from rlhf.store.publishing import library_versions, make_once, publish
+from rlhf.store.publishing import amend, library_versions, make_once, publish
 from rlhf.store.tokenizer import tokenizer_fingerprint
 
 __all__ = [
     "ARTIFACTS",
+    "CARD",
     "KINDS",
     "MANIFEST",
+    "NO_VERDICT",
     "STEP_DIRS",
     "FileRecord",
     "Manifest",
     "ParentRecord",
     "RunDir",
+    "amend",
     "cache_root",
     "canonical_json",
+    "find_evaluation",
     "fingerprint",
     "jsonable",
     "library_versions",

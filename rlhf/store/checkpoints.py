@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rlhf.config.migrate import SCHEMA_VERSION, changes
 from rlhf.errors import ArtifactError
 from rlhf.store.files import disk_errors, fsync_directory, hash_files, open_regular, remove, scan
 from rlhf.store.jsonio import fingerprint, jsonable, pretty_json
@@ -43,6 +44,8 @@ class Checkpoint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     format: Literal[1] = 1
+    schema_version: Annotated[int, Field(ge=0)] = 0
+    """Which release's `settings` these are: rlhf/config/migrate.py."""
     id: Sha256
     created: str
     step: Annotated[int, Field(ge=1, le=3)]
@@ -54,6 +57,8 @@ class Checkpoint(BaseModel):
     """Dotted name -> value, of every setting that decides the step's numbers."""
     parents: dict[str, str | None]
     data_fingerprint: str
+    data_sources: list[dict[str, Any]] | None = None
+    """As in the manifest."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl when this was written."""
     versions: dict[str, str]
@@ -79,6 +84,7 @@ def finish(temporary: Path, resume: Path, content: Mapping[str, Any]) -> Path:
     record = jsonable(
         {
             "format": 1,
+            "schema_version": SCHEMA_VERSION,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": library_versions(),
             **content,
@@ -206,13 +212,7 @@ def differences(
     for name in sorted(record.parents.keys() | parents.keys()):
         if record.parents.get(name) != parents.get(name):
             fatal.append(f"its {name} model was another one")
-    now = jsonable(settings)
-    changed = [
-        f"{name} {record.settings.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(record.settings.keys() | now.keys())
-        if record.settings.get(name) != now.get(name)
-    ]
-    return fatal, changed
+    return fatal, changes(record.settings, jsonable(settings), record.schema_version)
 
 
 def refusal(place: Path, fatal: list[str], changed: list[str]) -> str:

@@ -182,6 +182,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def copy_or_link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy, where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+            raise
+        shutil.copyfile(source, target, follow_symlinks=False)
+
+
 def exchange(first: Path, second: Path) -> bool:
     """Swaps two names in one step (Linux renameat2). False where system or disk cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -14,6 +14,7 @@ ARTIFACTS = {
     "sft": (1, "artifact"),
     "reward": (2, "artifact"),
     "ppo": (3, "artifact"),
+    "evaluation": (3, "evaluation"),
     "actor": (3, "artifact/actor"),
     "critic": (3, "artifact/critic"),
     "actor_ema": (3, "artifact/actor_ema"),
@@ -49,7 +50,7 @@ class RunDir:
         return self.path / STEP_DIRS[step]
 
     def artifact(self, name: str) -> Path:
-        """The directory of an artifact (sft, reward, ppo) or of a part of one (actor, ...).
+        """The directory of an artifact (sft, ..., evaluation) or of a part of one (actor, ...).
 
         Raises ConfigError for another name.
         """
@@ -58,11 +59,12 @@ class RunDir:
         step, below = ARTIFACTS[name]
         return self.step_dir(step) / below
 
-    def resolved(self, step: int) -> Path:
-        return self.step_dir(step) / "resolved.json"
+    def resolved(self, step: int, act: str = "") -> Path:
+        """What the step's processes read; `act`: "evaluation", where they only evaluate."""
+        return self.step_dir(step) / (f"{act}.resolved.json" if act else "resolved.json")
 
-    def command(self, step: int) -> Path:
-        return self.step_dir(step) / "command.sh"
+    def command(self, step: int, act: str = "") -> Path:
+        return self.step_dir(step) / (f"{act}.command.sh" if act else "command.sh")
 
     def logs(self, step: int) -> Path:
         return self.step_dir(step) / "logs"

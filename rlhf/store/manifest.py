@@ -15,10 +15,16 @@ from rlhf.store.files import hash_files, open_regular, scan
 from rlhf.store.jsonio import fingerprint, pretty_json
 
 MANIFEST = "MANIFEST.json"
-KINDS = ("sft", "reward", "ppo", "base")
-Kind = Literal["sft", "reward", "ppo", "base"]
+KINDS = ("sft", "reward", "ppo", "evaluation", "base")
+Kind = Literal["sft", "reward", "ppo", "evaluation", "base"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_STEPS = {"sft": 1, "reward": 2, "ppo": 3}
+CARD = "README.md"
+_COMMANDS = {
+    "sft": "--step 1",
+    "reward": "--step 2",
+    "ppo": "--step 3",
+    "evaluation": "evaluate RUN",
+}
 _LEFTOVER = re.compile(r"\..+\.(tmp|old)-[0-9a-f-]+")
 
 
@@ -45,13 +51,25 @@ class Manifest(_Record):
     step: Annotated[int, Field(ge=0, le=3)]
     id: Sha256
     created: str
+    schema_version: Annotated[int, Field(ge=0)] = 0
+    """Which release's settings `config` has: rlhf/config/migrate.py. 0: before it was written."""
     files: dict[str, FileRecord]
     parents: dict[str, ParentRecord]
     data_fingerprint: str
+    data_sources: list[dict[str, Any]] | None = None
+    """What the data was before it was split and tokenised: name, fingerprint of the content and
+    rows of each path. None: not recorded (an older release, or a step started by hand)."""
     tokenizer_fingerprint: str
     config: dict[str, Any]
     versions: dict[str, str]
     metrics: dict[str, Any]
+
+    @property
+    def content_id(self) -> str:
+        """sha256 (hex) over the files but for the model cards: stays as it is when the artifact's
+        cards and metrics are amended."""
+        files = {p: f.sha256 for p, f in self.files.items() if p.rpartition("/")[2] != CARD}
+        return fingerprint(files)
 
 
 def leftover(path: Path) -> bool:
@@ -114,8 +132,8 @@ def read_manifest(artifact: Path | str) -> Manifest:
 def verify(artifact: Path | str, kind: str | None = None) -> Manifest:
     """Proves that the directory holds exactly the files that were published; reads all of them.
 
-    `kind`: also prove that it is a "sft", "reward", "ppo" or "base" artifact. Raises ArtifactError
-    (absent, partial, corrupt, extra file, link, wrong kind), naming the file and the remedy.
+    `kind`: also prove that it is an artifact of this kind (KINDS). Raises ArtifactError (absent,
+    partial, corrupt, extra file, link, wrong kind), naming the file and the remedy.
     """
     artifact = Path(artifact)
     if not artifact.is_dir():
@@ -193,5 +211,5 @@ def _absent(artifact: Path, kind: str | None) -> str:
 
 
 def _again(kind: str | None = None) -> str:
-    step = _STEPS.get(kind or "")
-    return f"make it with: python train.py --step {step}" if step else "run the step again"
+    command = _COMMANDS.get(kind or "")
+    return f"make it with: python train.py {command}" if command else "run the step again"

@@ -13,8 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rlhf.config.migrate import SCHEMA_VERSION
 from rlhf.errors import ArtifactError
 from rlhf.store.files import (
+    copy_or_link,
     disk_errors,
     exchange,
     exclusive,
@@ -25,7 +27,7 @@ from rlhf.store.files import (
     scan,
 )
 from rlhf.store.jsonio import fingerprint, jsonable, pretty_json
-from rlhf.store.manifest import MANIFEST, Manifest, path_problem, verify
+from rlhf.store.manifest import MANIFEST, Manifest, path_problem, read_manifest, verify
 
 PACKAGES = (
     "rlhf-pipeline",
@@ -51,6 +53,7 @@ def publish(
     tokenizer_fingerprint: str,
     config: Any,
     metrics: Mapping[str, Any],
+    data_sources: Any = None,
     name: str = "artifact",
 ) -> Manifest:
     """Calls `write(directory)` on a temporary sibling and makes it `step_dir/name`, verified.
@@ -70,11 +73,13 @@ def publish(
     content = jsonable(
         {
             "format": 1,
+            "schema_version": SCHEMA_VERSION,
             "kind": kind,
             "step": step,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "parents": parents,
             "data_fingerprint": data_fingerprint,
+            "data_sources": data_sources,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "config": config,
             "versions": library_versions(),
@@ -119,6 +124,42 @@ def make_once(
         with exclusive(destination.parent, wait=True):
             if not _is_whole(destination, made_from):
                 _replace(destination, write, content)
+
+
+def amend(artifact: Path | str, texts: Mapping[str, str], metrics: Mapping[str, Any]) -> Manifest:
+    """Gives a published artifact other texts (relative path -> content: its model cards) and adds
+    `metrics` to its own. Its id changes, its `content_id` does not.
+
+    A whole new directory takes the artifact's name, as in `publish`: at every moment, also after a
+    kill, what is there verifies. All other files are hard links (copies, where the disk has none)
+    and keep the hashes that they were published with. Raises ArtifactError: no artifact, disk full,
+    another process publishing here; ValueError for a text that was not published.
+    """
+    artifact = Path(artifact)
+    with disk_errors(artifact), exclusive(artifact.parent):
+        clean(artifact)
+        content = jsonable(read_manifest(artifact))
+        if unknown := sorted(texts.keys() - content["files"].keys()):
+            raise ValueError(f"{artifact}: {unknown[0]!r} was not published, so it has no new text")
+        temporary = _sibling(artifact, "tmp")
+        temporary.mkdir()
+        try:
+            for relative in content["files"]:
+                target = temporary / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if relative in texts:
+                    target.write_text(texts[relative], encoding="utf-8")
+                else:
+                    copy_or_link(artifact / relative, target)
+            for relative, digest in hash_files(temporary, sorted(texts)).items():
+                size = (temporary / relative).stat().st_size
+                content["files"][relative] = {"sha256": digest, "size": size}
+            content["metrics"] |= jsonable(metrics)
+            _write_record(temporary, content, MANIFEST, Manifest)
+            _put(temporary, artifact)
+        finally:
+            remove(temporary)
+    return Manifest.model_validate(content)
 
 
 def _is_whole(base: Path, made_from: str) -> bool:
@@ -190,7 +231,14 @@ def seal(
         raise ArtifactError(f"{directory}: nothing was written, so there is nothing to publish")
     digests = hash_files(directory, sorted(sizes))
     files = {path: {"sha256": digests[path], "size": sizes[path]} for path in sizes}
-    content = {**content, "files": files}
+    return _write_record(directory, {**content, "files": files}, name, kind)
+
+
+def _write_record(
+    directory: Path, content: dict[str, Any], name: str, kind: type[BaseModel]
+) -> dict[str, Any]:
+    """Gives the record its id and writes it, when all that it vouches for is on the disk."""
+    content.pop("id", None)
     content["id"] = fingerprint(content)
     kind.model_validate(content)
     fsync_tree(directory)

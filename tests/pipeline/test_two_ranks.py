@@ -161,9 +161,9 @@ def test_ppo_ran_as_it_should(run: RunDir) -> None:
         assert row["answers"] == 16
         assert row["first_ratio_error"] < 1e-4
         assert abs(row["first_approx_kl"]) < 1e-5
-    verdict = read_json(run.step_dir(3) / "verdict.json")
+    verdict = read_json(run.artifact("evaluation") / "verdict.json")
     assert verdict["models"]["ppo"]["answers"] == 8
-    assert set(verdict["models"]) == {"base", "sft", "ppo"}
+    assert set(verdict["models"]) == {"base", "sft", "ppo", "ema"}
 
 
 def test_sft_losses_are_those_of_one_rank(

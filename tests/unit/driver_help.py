@@ -29,7 +29,8 @@ with (run / "attempts.jsonl").open("a+") as attempts:
     mine = [line for line in attempts if json.loads(line)["step"] == step]
     mode = modes[min(len(mine), len(modes)) - 1]
 logs = run / {dirs!r}[step] / "logs"
-print("this is step", step, "as", mode, flush=True)
+evaluates = sys.argv[0].endswith("evaluation.py")
+print("" if evaluates else f"this is step {{step}} as {{mode}}", flush=True)
 
 def record(**fields):
     base = {{"rank": 0, "phase": "train", "type": "RuntimeError", "message": "it broke",
@@ -37,12 +38,25 @@ def record(**fields):
     (logs / "rank0.failure.json").write_text(json.dumps({{**base, **fields}}))
 
 def make():
-    from tests.unit.driver_help import make_artifact
-    make_artifact(run, step, resolved["config"], resolved["parents"])
-    if step == 3:
-        (run / "step3_ppo" / "verdict.txt").write_text("reward 1.0 -> 2.0\\n")
+    from tests.unit.driver_help import make_artifact, make_evaluation
+    make_artifact(
+        run, step, resolved["config"], resolved["parents"], resolved.get("data_sources")
+    )
+    if step == 3 and os.environ.get("FAKE_EVALUATION", "ok") == "ok":
+        make_evaluation(run, "reward 1.0 -> 2.0\\n")
 
 (logs / "rank0.done.json").unlink(missing_ok=True)
+if evaluates:
+    from tests.unit.driver_help import make_evaluation
+    judge = resolved["config"]["step3"]["eval"]["judge"]
+    print("this is the evaluation, judge", judge, flush=True)
+    if judge == "bad:judge":
+        record(phase="evaluate", type="JudgeFailed", message="judge 'bad:judge' raised",
+               remedy="judge 'bad:judge' raised")
+        sys.exit(1)
+    make_evaluation(run, "verdict of " + str(judge) + "\\n")
+    (logs / "rank0.done.json").write_text(json.dumps({{"rank": 0, "host": "here"}}))
+    sys.exit(0)
 if mode in ("ok", "crash_after"):
     make()
     (logs / "rank0.done.json").write_text(json.dumps({{"rank": 0, "host": "here"}}))
@@ -95,11 +109,18 @@ def make_checkpoint(run: Path, step: int, resolved: dict[str, Any], position: in
             "settings": decisive(resolved["config"], step),
             "parents": parents,
             "data_fingerprint": "d" * 64,
+            "data_sources": resolved.get("data_sources"),
         },
     )
 
 
-def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | None = None) -> str:
+def make_artifact(
+    run: Path,
+    step: int,
+    config: Any,
+    parents: dict[str, str] | None = None,
+    sources: Any = None,
+) -> str:
     """Publishes a small artifact as the step would; returns its id."""
     from rlhf.store import MANIFEST, read_manifest
 
@@ -116,9 +137,72 @@ def make_artifact(run: Path, step: int, config: Any, parents: dict[str, str] | N
         data_fingerprint="d" * 64,
         tokenizer_fingerprint="t" * 64,
         config=jsonable(config),
-        metrics={},
+        metrics={"accuracy": 0.75},
+        data_sources=sources,
     )
     return manifest.id
+
+
+def make_evaluation(run: Path, text: str, verdict: dict[str, Any] | None = None) -> None:
+    """Publishes an evaluation of step 3's artifact, with this verdict."""
+    from rlhf.store import read_manifest, write_json_atomic
+
+    policy = read_manifest(RunDir(run).artifact("ppo"))
+
+    def write(directory: Path) -> None:
+        (directory / "verdict.txt").write_text(text)
+        write_json_atomic(directory / "verdict.json", verdict or {})
+
+    publish(
+        RunDir(run).step_dir(3),
+        write,
+        name="evaluation",
+        kind="evaluation",
+        step=3,
+        parents={"ppo": {"path": str(RunDir(run).artifact("ppo")), "id": policy.id}},
+        data_fingerprint="d" * 64,
+        tokenizer_fingerprint="t" * 64,
+        config={
+            "policy": policy.content_id,
+            "eval": policy.config.get("step3", {}).get("eval", {}),
+        },
+        metrics={},
+    )
+
+
+SOURCES = [{"name": "sample:courtesy", "fingerprint": "f" * 64, "rows": 100}]
+
+
+def data_as_it_is(
+    monkeypatch: Any, sources: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The driver finds this data instead of asking a process of its own; returns the list, which a
+    test may change."""
+    import launch.checklist
+    import train
+    from launch.looking import Looked
+
+    found = [dict(one) for one in sources or SOURCES]
+
+    def look(plan: Any, *, download: bool = False) -> Looked:
+        return Looked(sources=[dict(one) for one in found])
+
+    monkeypatch.setattr(launch.checklist, "look", look)
+    monkeypatch.setattr(train, "look_at_data", look)
+    return found
+
+
+def write_model(directory: Path, **changes: Any) -> Path:
+    """A model's files as far as a glance tells: a tiny Llama's configuration, empty weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "intermediate_size": 8, "vocab_size": 4, "max_position_embeddings": 512, **changes,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").write_bytes(b"weights")
+    (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
+    return directory
 
 
 def write_scripts(root: Path, project: Path) -> None:
@@ -127,6 +211,7 @@ def write_scripts(root: Path, project: Path) -> None:
         (root / folder).mkdir(parents=True, exist_ok=True)
         text = SCRIPT.format(root=str(project), dirs=STEP_DIRS)
         (root / folder / "main.py").write_text(text)
+    (root / STEP_DIRS[3] / "evaluation.py").write_text(text)
 
 
 def plain(script: Path, args: list[str], placement: Any) -> list[str]:

@@ -25,14 +25,16 @@ def test_a_removed_setting_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         config("step3.ppo.kl_estimator=k3")
     recipe = tmp_path / "old.yaml"
-    recipe.write_text("step3:\n  ppo:\n    kl_estimator: k1\n")
+    recipe.write_text("step3:\n  ppo:\n    kl_estimator: k3\n")
     with pytest.raises(ConfigError, match=r"old\.yaml: .*" + said):
         load_config(recipe)
+    recipe.write_text("step3:\n  ppo:\n    kl_estimator: k1\n")  # its old default: it says nothing
+    load_config(recipe)
     file = resolved_file(tmp_path, 3)
     with pytest.raises(ConfigError, match=said):
         step_config(["--config", file, "--kl_estimator", "k2"], 3)
     content = json.loads(Path(file).read_text())
-    content["config"]["step3"]["ppo"]["kl_estimator"] = "k1"
+    content["config"]["step3"]["ppo"]["kl_estimator"] = "k3"
     Path(file).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=said):
         step_config(["--config", file], 3)

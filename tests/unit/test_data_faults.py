@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.cutting import LEFT
 from rlhf.errors import DataError
 from rlhf.store import RunDir
 from tests.unit import model_help as help_
@@ -85,8 +86,8 @@ def test_every_fault_is_counted_and_located(path: Path, tmp_path: Path, step: in
     assert report.kept == GOOD + fine + 2  # the duplicate and the long one are kept
     assert report.read == GOOD + len(FAULTS) + 3
     assert (report.duplicates, report.places["duplicates"]) == (1, [f"{path}:{DUPLICATE}"])
-    assert report.truncated["prompt"] == 1
-    assert report.places["truncated: prompt"] == [f"{path}:{LONG_PROMPT}"]
+    assert report.truncated[LEFT] == 1
+    assert report.places[f"truncated: {LEFT}"] == [f"{path}:{LONG_PROMPT}"]
     for row in data.dataset:
         ids = [len(value) for name, value in row.items() if name.endswith("_ids")]
         assert max(ids) <= 300
@@ -110,9 +111,9 @@ def test_rows_of_a_megabyte(tmp_path: Path) -> None:
     path = tmp_path / "big.jsonl"
     path.write_bytes(b"\n".join(rows))
     report = run(path, gpt2_like(), tmp_path, split=(0, 1, 0), eval_fraction=0).report
-    assert (report.kept, report.truncated) == (3, {"answer": 1, "prompt": 1})
+    assert (report.kept, report.truncated) == (3, {"answer": 1, LEFT: 1})
     assert report.places["truncated: answer"] == [f"{path}:2"]
-    assert report.places["truncated: prompt"] == [f"{path}:3"]
+    assert report.places[f"truncated: {LEFT}"] == [f"{path}:3"]
 
 
 def test_the_driver_stops_before_training(path: Path, tmp_path: Path) -> None:

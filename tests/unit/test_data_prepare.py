@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf.data import cache
+from rlhf.data.cutting import LEFT
 from rlhf.data.report import DataReport
 from rlhf.data.templates import apply_template
 from rlhf.data.tokenizers import Encoder, prepare_tokenizer
@@ -20,6 +21,7 @@ from rlhf.errors import ConfigError, DataError, RequirementError
 from tests.unit.data_help import (
     SHARED,
     gpt2_like,
+    llama_like,
     needs_shared,
     opt_like,
     pair,
@@ -44,9 +46,9 @@ def test_rows_of_each_step(tmp_path: Path) -> None:
     chosen, rejected, other = encoder.answers([row["chosen"], row["rejected"], " other"])
     assert prompt[0] == tokenizer.bos_token_id
     one = run(path, tokenizer, tmp_path / "c", 1, **ONLY[1]).dataset[0]
-    assert one == {"prompt_ids": prompt, "answer_ids": other}
+    assert one == {"prompt_ids": prompt, "answer_ids": other, "unlearned": []}
     one = run(path, tokenizer, tmp_path / "c", 1, response_column="chosen", **ONLY[1]).dataset[0]
-    assert one == {"prompt_ids": prompt, "answer_ids": chosen}
+    assert one == {"prompt_ids": prompt, "answer_ids": chosen, "unlearned": []}
     two = run(path, tokenizer, tmp_path / "c", 2, **ONLY[2]).dataset[0]
     key = two.pop("prompt_key")
     assert two == {
@@ -63,13 +65,13 @@ def test_rows_of_each_step(tmp_path: Path) -> None:
 def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
     """ALGORITHM 5: cut from the left, bos kept, counted; or dropped, counted."""
     tokenizer = opt_like()
-    long = pair(1, prompt="\n\nHuman: " + "word " * 30 + "end?\n\nAssistant:")
+    long = pair(1, prompt="Once " + "word " * 30 + "end?")
     path = write_jsonl(tmp_path / "r.jsonl", [pair(0), long])
     (ids,) = Encoder(tokenizer, "human_assistant").prompts([long["prompt"]])
     limits: dict[str, Any] = {"max_prompt_length": len(ids) - 7, **ONLY[2]}
     data = run(path, tokenizer, tmp_path / "c", **limits)
     assert [ids[0], *ids[8:]] in list(data.dataset["prompt_ids"])
-    assert data.report.truncated == {"prompt": 1}
+    assert data.report.truncated == {LEFT: 1}
     assert data.report.kept == 2
     data = run(path, tokenizer, tmp_path / "c", long_prompts="drop", **limits)
     assert (data.report.kept, data.report.dropped) == (1, {"prompt over the limit": 1})
@@ -83,7 +85,6 @@ def test_long_answers_are_cut_and_equal_pairs_dropped(tmp_path: Path) -> None:
     rows = [
         pair(0, chosen=same + " good", rejected=same + " bad"),
         pair(1, chosen=" yes", rejected=same + " bad"),
-        pair(2, chosen=" a", rejected=f" a{tokenizer.eos_token}"),
     ]
     path = write_jsonl(tmp_path / "r.jsonl", rows)
     encoder = Encoder(tokenizer, "human_assistant")
@@ -91,14 +92,18 @@ def test_long_answers_are_cut_and_equal_pairs_dropped(tmp_path: Path) -> None:
     size = len(prompt)
     limits = {"max_prompt_length": size, "max_length": size + len(start) - 1}
     data = run(path, tokenizer, tmp_path / "c", **limits, **ONLY[2])
-    assert data.report.dropped == {
-        "pair equal once cut": 1,
-        "chosen and rejected have the same tokens": 1,
-    }
+    assert data.report.dropped == {"pair equal once cut": 1}
     assert data.report.truncated == {"answer": 1}
     (row,) = list(data.dataset)
     assert row["rejected_ids"] == start[:-1]
     assert row["chosen_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_pairs_of_the_same_tokens_are_dropped(tmp_path: Path) -> None:
+    """Llama 2's tokenizer begins every text with a space: " a" and "a" are one answer."""
+    path = write_jsonl(tmp_path / "r.jsonl", [pair(0), pair(1, chosen=" a", rejected="a")])
+    data = run(path, llama_like("legacy"), tmp_path / "c", **ONLY[2])
+    assert data.report.dropped == {"chosen and rejected have the same tokens": 1}
 
 
 def test_limits_without_room(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_during_a_run(tmp_path: Path, leave: int) -> None:
         pipeline = (place / "r/pipeline.json").read_bytes()
         fill(leave={leave})
         print("=== full", flush=True)
-        code = train.main([*command, "--seed", "7"])
+        code = train.main([*command, "--seed", "7", "--force"])
         assert code in (0, 1, 3), code
         assert {leave} > 4096 or code in (1, 3), code
         print("=== code", code, flush=True)
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_during_a_run(tmp_path: Path, leave: int) -> None:
             if {leave} == 0:
                 assert (place / "r/pipeline.json").read_bytes() == pipeline
         (place / "filler").unlink()
-        assert train.main([*command, "--seed", "7"]) == 0
+        assert train.main([*command, "--seed", "7", "--force"]) == 0
         assert verify(artifact).config["seed"] == 7
         """,
     )

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import plan_command
+from launch import evaluation, plan_command
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
 from rlhf.config.keys import lookup, sections
-from rlhf.config.load import load_config, parse_overrides
+from rlhf.config.load import load_config, parse_overrides, with_values
+from rlhf.config.schema import RunConfig
 from rlhf.config.step_args import PARENTS, find_key, split_options
 from rlhf.errors import ConfigError
 
@@ -141,6 +142,10 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 def check_driver(argv: list[str]) -> None:
     if argv[:1] == ["plan"]:
         plan_command.parse(argv[1:])
+        return
+    if argv[:1] == ["evaluate"]:
+        _, asked = evaluation.parse_flags(argv[1:])
+        with_values(RunConfig(), asked)
         return
     if argv and not argv[0].startswith("-") and argv[0] in COMMANDS:
         argv = argv[2:] if argv[0] == "example" else argv[1:]

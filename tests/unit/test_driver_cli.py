@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import train
+from launch.checklist import Found
+from launch.looking import Looked
 from launch.options import Options, find_recipe, parse_options
 from launch.spec import PROJECT_ROOT
 from rlhf.config import load_config
@@ -27,6 +29,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: the plan is looked at here, tests/unit/test_checks.py has the checks."""
+    monkeypatch.setattr(train, "ask_all", lambda plan, way: Found([], Looked(), {}))
 
 
 def options(*argv: str, **environ: str) -> Options:
@@ -68,7 +76,8 @@ def test_a_dry_run_from_another_directory(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_costs_next_to_nothing(tmp_path: Path) -> None:
-    """No torch import; under half a second of CPU time beyond the interpreter's."""
+    """No torch import: two seconds of CPU time beyond the interpreter's, the look at the data
+    included (a second where nothing else runs)."""
 
     def cpu(*argv: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -77,7 +86,7 @@ def test_a_dry_run_costs_next_to_nothing(tmp_path: Path) -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     spent = min(cpu(TRAIN, "--dry-run") for _ in range(3))
-    assert spent - min(cpu("-c", "pass") for _ in range(3)) < 0.5
+    assert spent - min(cpu("-c", "pass") for _ in range(3)) < 2
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,17 @@ import launch.plan
 import train
 from launch.execute import _works
 from launch.launchers import LAUNCHERS
+from launch.looking import Looked
 from launch.spec import PROJECT_ROOT
 from rlhf.store import RunDir, read_manifest
-from tests.unit.driver_help import make_artifact, plain, read, write_scripts
+from tests.unit.driver_help import (
+    data_as_it_is,
+    make_artifact,
+    plain,
+    read,
+    write_model,
+    write_scripts,
+)
 from tests.unit.test_launch_supervise import alive, wait_for
 
 
@@ -31,6 +39,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch.plan, "PROJECT_ROOT", tmp_path / "steps")
     monkeypatch.setitem(LAUNCHERS, "deepspeed", plain)
+    data_as_it_is(monkeypatch)
     write_scripts(tmp_path / "steps", PROJECT_ROOT)
 
     def run(*argv: str, fake: str = "ok", step: int | None = None) -> tuple[int, str, str]:
@@ -72,17 +81,108 @@ def test_what_is_done_is_not_done_again(driver, tmp_path: Path) -> None:
     assert driver()[0] == 0
     run = RunDir(tmp_path / "output" / "tiny_cpu")
     before = read_manifest(run.artifact("sft")).id
-    code, out, _ = driver("launch.threads=2")
-    assert code == 0
+    code, out, err = driver("launch.threads=2")
+    assert code == 0, err
     assert out.count("already done") == 3
     assert "this is step" not in out
-    code, out, _ = driver("step2.optim.learning_rate=0.5")
-    assert "settings changed: step2.optim.learning_rate 0.001 -> 0.5" in out
-    assert "step 2 runs again" in out
+    code, out, _ = driver("--step", "2", "3", "step2.optim.learning_rate=0.5", "--force")
+    assert code == 0
     assert [f"this is step {n}" in out for n in (1, 2, 3)] == [False, True, True]
-    code, out, _ = driver("step2.optim.learning_rate=0.5", "seed=5")
-    assert [f"this is step {n}" in out for n in (1, 2, 3)] == [True, True, True]
+    assert read_manifest(run.artifact("sft")).id == before
+
+
+@pytest.mark.parametrize("way", ["run", "dry-run", "doctor"])
+def test_nothing_finished_is_replaced_unasked(driver, tmp_path: Path, way: str) -> None:
+    """Issue 10, 5: what would be replaced, when it was made and its figures; exit code 2."""
+    assert driver()[0] == 0
+    run = RunDir(tmp_path / "output" / "tiny_cpu")
+    before = {step: read_manifest(run.step_dir(step) / "artifact") for step in (1, 2, 3)}
+    changed = ["step2.optim.learning_rate=0.5"]
+    argv = {"run": changed, "dry-run": [*changed, "--dry-run"], "doctor": ["doctor", *changed]}
+    code, out, err = driver(*argv[way])
+    assert code == 2
+    assert "this is step" not in out
+    said = out if way == "doctor" else err
+    for step, kind in ((2, "reward model"), (3, "PPO")):
+        made = before[step]
+        told = f"FAIL step {step} is finished: {kind} artifact {made.id[:12]}, made {made.created}"
+        assert told in said
+    assert "accuracy 0.75 would be replaced: settings changed: step2.optim.learning_rate" in said
+    assert "0.001 -> 0.5" in said
+    assert "would be replaced: step 2 runs again" in said
+    assert "--force; to keep it: another --name" in said
+    after = {step: read_manifest(run.step_dir(step) / "artifact").id for step in (1, 2, 3)}
+    assert after == {step: manifest.id for step, manifest in before.items()}
+    assert driver(*changed, "--name", "other")[0] == 0
+
+
+GREW = {"name": "sample:courtesy", "fingerprint": "e" * 64, "rows": 112}
+
+
+@pytest.mark.parametrize("way", ["run", "dry-run", "doctor"])
+def test_other_data_under_the_same_name(driver, monkeypatch, tmp_path: Path, way: str) -> None:
+    """Issue 11: step 1 is done, and its data has grown since: the change is named; exit code 2."""
+    assert driver("--step", "1")[0] == 0
+    data_as_it_is(monkeypatch, [GREW])
+    argv = {"run": [], "dry-run": ["--dry-run"], "doctor": ["doctor"]}[way]
+    code, out, err = driver(*argv)
+    said = out if way == "doctor" else err
+    assert code == 2
+    assert "this is step" not in out
+    assert "was made from other data: data.path sample:courtesy has 12 more rows than then" in said
+    assert "--force; to keep it and go on: --resume always" in said
+
+
+def test_who_chooses_between_old_and_new_data(driver, monkeypatch, tmp_path: Path) -> None:
+    assert driver("--step", "1")[0] == 0
+    run = RunDir(tmp_path / "output" / "tiny_cpu")
+    before = read_manifest(run.artifact("sft")).id
+    data_as_it_is(monkeypatch, [{**GREW, "rows": 100}])
+    code, out, _ = driver("--step", "1", "--resume", "always")
+    assert code == 0
+    assert "has other content than then (now eeeeeeeeeeee); it is kept (--resume always)" in out
+    assert read_manifest(run.artifact("sft")).id == before
+    assert driver("--step", "1", "--force")[0] == 0
     assert read_manifest(run.artifact("sft")).id != before
+    assert driver("--step", "1")[0] == 0
+
+
+def test_data_that_changes_during_the_command(driver, monkeypatch, tmp_path: Path) -> None:
+    """Replaced while step 1 was running: step 2 does not start on other rows unasked."""
+    data_as_it_is(monkeypatch)
+    now = Looked(sources=[GREW])
+    monkeypatch.setattr(train, "look_at_data", lambda plan: now)
+    code, out, err = driver()
+    assert code == 2
+    assert "step 1 done" in out
+    assert "this is step 2" not in out
+    assert "step 2: the data changed while this command was running" in err
+    assert "12 more rows" in err
+
+
+def test_a_checkpoint_of_other_data(driver, monkeypatch) -> None:
+    """Not even --resume always: what it has seen would be other rows."""
+    assert driver("--step", "1", fake="save_and_fail")[0] == 1
+    data_as_it_is(monkeypatch, [GREW])
+    for more in ((), ("--resume", "always")):
+        code, _, err = driver("--step", "1", *more)
+        assert code == 2
+        assert "step 1 goes on from step-00000007: it was saved with other data" in err
+    assert driver("--step", "1", "--resume", "never")[0] == 0
+
+
+def test_force_names_what_no_longer_fits(driver) -> None:
+    """Step 1 alone is made again: steps 2 and 3 were made from what it replaces."""
+    assert driver()[0] == 0
+    code, out, _ = driver("--step", "1", "--force")
+    assert code == 0
+    assert "step 1 replaces SFT artifact " in out
+    for step in (2, 3):
+        assert f"  step {step} (" in out
+    assert out.count("was made from it and no longer fits") == 2
+    code, _, err = driver("--step", "2")
+    assert code == 2
+    assert "would be replaced: its sft parent is another one now; step 3 (PPO artifact" in err
 
 
 def test_force(driver) -> None:
@@ -105,7 +205,10 @@ def test_a_broken_artifact_is_made_again(driver, tmp_path: Path) -> None:
     code, out, _ = driver("--step", "1")
     assert code == 0
     assert "again: its artifact does not verify" in out
-    assert driver("--step", "2")[0] == 0
+    code, _, err = driver("--step", "2")
+    assert code == 2
+    assert "its sft parent is another one now" in err
+    assert driver("--step", "2", "--force")[0] == 0
 
 
 def test_the_stage_gate_names_the_command(driver, tmp_path: Path) -> None:
@@ -188,7 +291,7 @@ def test_foreign_models(driver, tmp_path: Path) -> None:
     """C3: a Hugging Face directory is accepted instead of a step, and the plan says so."""
     for name in ("actor", "judge"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        write_model(tmp_path / name)
     code, out, _ = driver(
         "--step", "3", "--actor-model", "actor", "--reward-model", "judge", "--name", "new"
     )
@@ -263,7 +366,7 @@ def test_another_runs_artifact_in_the_place_of_ours(driver, tmp_path: Path) -> N
     assert code == 3
     assert f"but {run.artifact('sft')} is {read_manifest(run.artifact('sft')).id[:12]}" in err
     assert "--step 2 3" in err
-    assert driver("--step", "2", "3")[0] == 0
+    assert driver("--step", "2", "3", "--force")[0] == 0
     # Made again, without step 2: the same.
     assert driver("--step", "1", "--force")[0] == 0
     assert driver("--step", "3")[0] == 3

@@ -218,7 +218,9 @@ def test_step_3_without_ever_gathering_the_policy(ranks: Path) -> None:
         same = {k: v for k, v in other.items() if not re.search("second|memory|time", k)}
         assert {k: one[k] for k in same} == pytest.approx(same, rel=1e-4, abs=1e-5)
     verdicts = [
-        json.loads((ranks / f"step3-{how}" / "step3_ppo" / "verdict.json").read_text())
+        json.loads(
+            (ranks / f"step3-{how}" / "step3_ppo" / "evaluation" / "verdict.json").read_text()
+        )
         for how in ("always", "never")
     ]
     assert verdicts[0]["samples"] == verdicts[1]["samples"]

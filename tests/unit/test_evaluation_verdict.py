@@ -1,147 +1,227 @@
-"""rlhf.evaluation.verdict: checks, text and exit codes."""
+"""rlhf.evaluation.verdict, rules, render: outcomes on planted cases, text, exit codes."""
 
 from __future__ import annotations
 
 import json
-import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.data import HeldOut
+from rlhf.evaluation.simulate import (
+    GOOD_REWARD,
+    Case,
+    PlantedJudge,
+    Policy,
+    cases,
+    draw_answers,
+    draw_verdict,
+    error_rates,
+)
 from rlhf.evaluation.verdict import build_verdict, main, render
-from rlhf.store import write_json_atomic
+from tests.unit.driver_help import make_artifact, make_evaluation
 
-FIGURES = {
-    "answers": 100.0, "reward": 0.0, "reward_ci": 0.2, "reward_std": 2.0, "kl": 0.0, "kl_ci": 0.1,
-    "length": 9.0, "eos_fraction": 0.97, "distinct_2": 0.5, "judge": 1.0, "judge_ci": 0.1,
-    "judge_good": 0.3,
-}  # fmt: skip
-GOOD = {"reward": 3.0, "kl": 8.0, "judge": 1.5, "judge_good": 0.4}
+CASES = {case.name: case for case in cases()}
+DRAWS = 80
 
 
-def verdict(ppo: dict[str, float] | None = None, **changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "models": {"sft": FIGURES, "ppo": FIGURES | GOOD | (ppo or {})},
-        "gain": (3.0, 0.5),
-        "samples": [{"prompt": "\n\nHuman: Hi\n\nAssistant:", "sft": "No.", "ppo": "Hello!"}],
-        "sft": {"perplexity": 2.5},
-        "reward": {"accuracy": 0.93},
-        "judge": "courtesy",
+def drawn(name: str = "better by 1.2 SD", prompts: int = 100, seed: int = 1) -> dict[str, Any]:
+    return draw_verdict(random.Random(seed), CASES[name], 128, prompts)
+
+
+def answers(policy: Policy, prompts: int = 100) -> dict[str, Any]:
+    rng = random.Random(5)
+    effects = [tuple(rng.gauss(0, 1) for _ in range(4)) for _ in range(prompts)]
+    asked = [i % prompts for i in range(128)]
+    return {
+        "sft": draw_answers(rng, Policy(kl=0.0), asked, effects),
+        "ppo": draw_answers(rng, policy, asked, effects),
     }
-    return build_verdict(**(arguments | changes))
 
 
-def failed(found: dict[str, Any]) -> list[str]:
-    return [check for check, passed in found["checks"].items() if not passed]
+def built(models: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "held_out": HeldOut(rows=400, prompts=100, seen=0), "sft": {"perplexity": 2.5},
+        "reward": GOOD_REWARD, "judge": PlantedJudge(), "samples": 2,
+    }  # fmt: skip
+    return build_verdict(models, **(arguments | changes))
 
 
-def test_a_good_run() -> None:
-    found = verdict()
-    assert found["learned"]
-    assert len(found["checks"]) == 6
-    assert (found["gain"], found["gain_ci"], found["gain_in_sft_std"]) == (3.0, 0.5, 1.5)
-    text = render(found)
-    for part in (
-        "2.500",
-        "0.9300",
-        "+3.000 +- 0.500",
-        "1.50 SFT standard",
-        "It learned: 6 of 6",
-        "100 answers to held-out prompts",
-        "judge (courtesy)",
-        "'Hello!'",
-        "3.000 +- 0.200",
-    ):
-        assert part in text, part
+@pytest.mark.parametrize("prompts", [100, 20])
+@pytest.mark.parametrize("name", [case.name for case in cases() if case.truth == "no"])
+def test_what_has_not_learned(name: str, prompts: int) -> None:
+    """At most 2.5% are called `learned`: of 80 draws at most 7 (99.9% of such sets of draws).
+    docs/verdict.md has the rates of 2,000."""
+    assert error_rates(CASES[name], DRAWS, 128, prompts)["learned"] <= 7
+
+
+@pytest.mark.parametrize("prompts", [100, 20])
+@pytest.mark.parametrize(
+    "name", ["better by 0.6 SD", "better by 1.2 SD", "better by 1.2 SD, no judge"]
+)
+def test_what_has_learned(name: str, prompts: int) -> None:
+    found = error_rates(CASES[name], DRAWS, 128, prompts)
+    assert found["learned"] > 0.85 * DRAWS
+    assert found["hacked the reward"] + found["did not learn"] <= 3
 
 
 @pytest.mark.parametrize(
-    ("ppo", "changes", "check"),
+    ("name", "why"),
     [
-        ({}, {"gain": (0.4, 0.5)}, "reward rose"),
-        ({}, {"gain": (0.4, math.nan)}, "reward rose"),
-        ({"kl": 15.0}, {}, "below 15 nats"),
-        ({"kl": math.nan}, {}, "below 15 nats"),
-        ({"eos_fraction": 0.949}, {}, "still end"),
-        ({"distinct_2": 0.399}, {}, "stay varied"),
-        ({"judge": 1.0}, {}, "judge (courtesy) agrees"),
-        ({"judge_good": 0.3}, {}, "fully good"),
+        ("one rewarded token repeated", "lost their variety"),
+        ("no answer ends", "no longer end"),
+        ("the judge sees a loss", "the judge disagrees"),
+        ("longer only, no judge", "answers' length"),
     ],
 )
-def test_each_check_can_fail(ppo: dict[str, float], changes: dict[str, Any], check: str) -> None:
-    """Issue 2's bounds: gain beyond its interval, KL < 15, EOS - 0.02, distinct-2 x 0.8, judge."""
-    found = verdict(ppo, **changes)
-    assert len(failed(found)) == 1
-    assert check in failed(found)[0]
-    assert not found["learned"]
-    assert "did NOT learn" in render(found)
-    assert "5 of 6" in render(found)
+def test_hacks_are_named(name: str, why: str) -> None:
+    """Most draws, and the rule says which hack it is."""
+    found = [drawn(name, seed=seed) for seed in range(30)]
+    hacked = [v for v in found if v["outcome"] == "hacked the reward"]
+    assert len(hacked) > 15
+    assert all(why in v["decisions"]["ppo"]["rule"] for v in hacked)
+    assert all("step3.ppo.kl_coef" in v["decisions"]["ppo"]["next"] for v in hacked)
 
 
-def test_limits_are_inclusive() -> None:
-    assert verdict({"eos_fraction": 0.97 - 0.02, "distinct_2": 0.4})["learned"]
+def test_a_policy_that_did_not_move() -> None:
+    """The same answers: every change is 0, and KL says why."""
+    same = answers(Policy())["sft"]
+    found = built({"sft": same, "ppo": same})
+    assert found["outcome"] == "did not learn"
+    assert "did not move" in found["decisions"]["ppo"]["rule"]
+    assert "step3.actor.optim.learning_rate" in found["decisions"]["ppo"]["next"]
+    assert found["gain"] == 0.0
 
 
-def test_without_judge_and_parents() -> None:
-    """Foreign models have no manifest: their lines are left out."""
-    figures = {k: v for k, v in FIGURES.items() if not k.startswith("judge")}
-    found = verdict(
-        models={"sft": figures, "ppo": figures | {"reward": 3.0}}, sft={}, reward={}, judge=None,
-        samples=[],
-    )  # fmt: skip
-    assert len(found["checks"]) == 4
-    text = render(found)
-    assert "perplexity" not in text
-    assert "judge" not in text
+def test_a_fall() -> None:
+    found = built(answers(Policy(gain=-1.2)))
+    assert found["outcome"] == "did not learn"
+    assert "fell by" in found["decisions"]["ppo"]["rule"]
 
 
-def saved(tmp_path: Path, found: dict[str, Any]) -> str:
-    write_json_atomic(tmp_path / "step3_ppo" / "verdict.json", found)
-    return str(tmp_path)
+def test_too_few_prompts() -> None:
+    """Not told apart and not small either: how many prompts would do is said."""
+    few = {name: rows[:3] for name, rows in answers(Policy()).items()}
+    for name, scores in (("sft", (0.0, 1.0, 2.0)), ("ppo", (1.0, 0.9, 3.2))):
+        few[name] = [replace(r, score=s) for r, s in zip(few[name], scores, strict=True)]
+    found = built(few)
+    assert found["outcome"] == "not enough evidence"
+    assert "different prompts, not 3" in found["decisions"]["ppo"]["next"]
+    one = {name: rows[:1] for name, rows in few.items()}
+    assert "one prompt" in built(one)["decisions"]["ppo"]["rule"]
+    render(built(one))
+
+
+def test_no_run_on_a_bad_reward_model_has_learned() -> None:
+    good = answers(Policy(gain=1.2, judge_gain=1.2))
+    assert built(good)["outcome"] == "learned"
+    coin = GOOD_REWARD | {"accuracy": 0.52, "accuracy_low": 0.47, "accuracy_high": 0.57}
+    found = built(good, reward=coin)
+    assert found["outcome"] == "not enough evidence"
+    assert "coin" in found["decisions"]["ppo"]["rule"]
+    foreign = built(good, reward={})
+    assert foreign["outcome"] == "learned"
+    assert "[--] the reward model is better than its baselines: unknown" in render(foreign)
+
+
+def test_far_from_the_reference() -> None:
+    """Without a judge, nothing vouches for the reward there; a judge does."""
+    far = answers(Policy(gain=1.2, judge_gain=1.2, kl=60.0))
+    assert built(far)["outcome"] == "learned"
+    assert built(far, judge=None)["outcome"] == "not enough evidence"
+    assert "step3.eval.judge" in built(far, judge=None)["decisions"]["ppo"]["next"]
+
+
+def test_the_text() -> None:
+    models = answers(Policy(gain=1.2, judge_gain=1.2))
+    models["ema"], models["base"] = models["sft"], models["ppo"]
+    found = built(models, sft={"perplexity": 2.5, "perplexity_before": 40.0})
+    text = render(json.loads(json.dumps(found, sort_keys=True)))
+    assert text == render(found)
+    lines = text.splitlines()
+    assert lines[1] == "VERDICT: LEARNED"
+    assert all(len(line) <= 100 for line in lines if ": '" not in line)
+    for part in (
+        "128 answers of each model to 100 prompts, none of them seen in training",
+        "2.500  (before training 40.000)", "judge (planted)", "at equal length",
+        "All intervals are 95%", "[ok] the reward rose: holds", "(ema): did not learn",
+    ):  # fmt: skip
+        assert part in text, part
+    table = next(i for i, line in enumerate(lines) if line.startswith("  model"))
+    assert [line.split()[0] for line in lines[table + 1 : table + 5]] == [
+        "base", "sft", "ppo", "ema",
+    ]  # fmt: skip
+    prompts = [sample["prompt"] for sample in found["samples"]]
+    assert prompts == ["prompt 0", "prompt 1"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [(20, "all seen in training"), (7, "training has seen 7"), (0, "none of them")],
+)
+def test_prompts_seen_in_training(seen: int, said: str) -> None:
+    found = built(answers(Policy(), prompts=20), held_out=HeldOut(rows=400, prompts=20, seen=seen))
+    assert "128 answers of each model to 20 prompts" in render(found)
+    assert said in render(found)
+
+
+def test_other_prompts_are_refused() -> None:
+    models = answers(Policy())
+    models["ppo"] = [replace(models["ppo"][0], prompt="another"), *models["ppo"][1:]]
+    with pytest.raises(ValueError, match="different prompts"):
+        built(models)
+
+
+def saved(run: Path, found: dict[str, Any]) -> str:
+    make_artifact(run, 3, {})
+    make_evaluation(run, "", found)
+    return str(run)
 
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`python -m rlhf.evaluation.verdict`: 0 all hold, 1 something fails and is named."""
-    run = saved(tmp_path, verdict())
+    """`python -m rlhf.evaluation.verdict`: 0 learned, 1 not, with the rule."""
+    run = saved(tmp_path / "good", built(answers(Policy(gain=1.2, judge_gain=1.2))))
     assert main([run]) == 0
-    assert "VERDICT" in capsys.readouterr().out
+    assert "VERDICT: LEARNED" in capsys.readouterr().out
     assert main([run, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["gain"] == 3.0
-    assert main([run, "--min-accuracy", "0.93", "--min-gain", "1.5"]) == 0
-    assert main([run, "--min-accuracy", "0.94"]) == 1
-    assert "0.93 < 0.94" in capsys.readouterr().err
-    assert main([run, "--min-gain", "1.6"]) == 1
-    assert "1.500 < 1.6" in capsys.readouterr().err
-    assert main([saved(tmp_path, verdict({"kl": 16.0}))]) == 1
-    assert "failed: KL" in capsys.readouterr().err
-    assert main([saved(tmp_path, verdict(reward={})), "--min-accuracy", "0.5"]) == 1
+    assert json.loads(capsys.readouterr().out)["outcome"] == "learned"
+    assert main([run, "--min-accuracy", "0.95", "--min-gain", "0.5"]) == 0
+    assert main([run, "--min-accuracy", "0.96"]) == 1
+    assert "0.95 < 0.96" in capsys.readouterr().err
+    assert main([run, "--min-gain", "9"]) == 1
+    assert "< 9.0 SFT std" in capsys.readouterr().err
+    bad = saved(tmp_path / "bad", drawn("no answer ends"))
+    assert main([bad]) == 1
+    assert "failed: hacked the reward: the reward rose, but" in capsys.readouterr().err
+    foreign = built(answers(Policy(gain=1.2, judge_gain=1.2)), reward={})
+    assert main([saved(tmp_path / "foreign", foreign), "--min-accuracy", "0.5"]) == 1
+    assert "unknown < 0.5" in capsys.readouterr().err
+    old = saved(tmp_path / "old", {"learned": True, "checks": {}})
+    assert main([old]) == 3
+    assert "older release" in capsys.readouterr().err
 
 
 def test_a_run_without_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 3
-    assert "verdict.json" in capsys.readouterr().err
-
-
-def test_one_held_out_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Intervals of one answer are NaN, which JSON keeps as text: printed all the same."""
-    nan = {"reward_ci": math.nan, "kl_ci": math.nan, "judge_ci": math.nan, "answers": 1.0}
-    found = verdict(
-        models={"sft": FIGURES | nan, "ppo": FIGURES | GOOD | nan}, gain=(3.0, math.nan)
-    )
-    assert main([saved(tmp_path, found)]) == 1
-    out = capsys.readouterr()
-    assert "+3.000 +- nan" in out.out
-    assert "reward rose" in out.err
-    nothing = verdict(gain=(math.nan, math.nan))
-    assert main([saved(tmp_path, nothing), "--min-gain", "0.5"]) == 1
-    assert "SFT std" in capsys.readouterr().err
+    assert "error: " in capsys.readouterr().err
 
 
 def test_it_needs_no_torch() -> None:
     """The driver's `.ci/run` and a login node read verdicts."""
-    import subprocess
-    import sys
-
-    code = "import sys, rlhf.evaluation.verdict; sys.exit('torch' in sys.modules)"
+    code = "import sys, rlhf.evaluation.verdict, rlhf.evaluation.seeds; "
+    code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_simulation_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from rlhf.evaluation import simulate
+
+    simulate.main(["--draws", "1"])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + 2 * len(CASES)
+    assert isinstance(cases()[0], Case)

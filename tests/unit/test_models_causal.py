@@ -112,8 +112,10 @@ def test_bf16_log_probs_are_fp32() -> None:
     with torch.no_grad():
         rounded, _ = module(ids, mask, mask)
         reference, _ = exact(ids, mask, mask)
-        with fast_attention(module.model):
-            logits = module.model(ids).logits[:, :-1].float()
+        with fast_attention(module.model.model):
+            hidden = module.model.model(ids).last_hidden_state[:, :-1]
+        head = module.model.get_output_embeddings().weight[: module.vocab_size]
+        logits = torch.nn.functional.linear(hidden, head).float()
     assert rounded.dtype == torch.float32
     expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(rounded[:, 1:], expected, atol=2e-2, rtol=1e-2)

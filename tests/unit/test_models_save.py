@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rlhf import models
+from rlhf.errors import ConfigError
 from rlhf.models.adapters import adapters_off
 from step1_sft.main import sft_step
 from tests.unit import model_help as help_
@@ -86,6 +87,41 @@ def test_an_adapted_reward_model(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
     for model in (merged, adapted):
         torch.testing.assert_close(logits_of(model).flatten(), live, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "bloom", "gemma2", "qwen3"])
+def test_every_target_is_published(family: str, tmp_path: Path) -> None:
+    """Each linear or embedding layer alone, embeddings and head of tied weights too: the artifact
+    has the live logits, or the target is refused before training."""
+    plain = AutoModelForCausalLM.from_pretrained(help_.lively(family))
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    targets = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in plain.named_modules()
+            if isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+        }
+    )
+    assert len(targets) > 3
+    base = logits_of(plain)
+    for target in targets:
+        lora = {"rank": 2, "alpha": 4, "target_modules": [target]}
+        if (family, target) == ("opt", "embed_positions"):
+            with pytest.raises(ConfigError, match="embed_positions"):
+                help_.load_policy(family, name=help_.lively(family), lora=lora)
+            continue
+        module = help_.load_policy(family, name=help_.lively(family), lora=lora)
+        shake_adapters(module)
+        live = live_logits(module)
+        assert (live - base).abs().max() > 1e-2, target
+        place = tmp_path / target
+        models.Snapshot(module).write(place, help_.tokenizer(family), card="")
+        merged = logits_of(AutoModelForCausalLM.from_pretrained(place))
+        torch.testing.assert_close(merged, live, atol=1e-4, rtol=1e-5, msg=target)
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(help_.lively(family)), place / "adapter"
+        )
+        torch.testing.assert_close(logits_of(adapted), live, atol=1e-4, rtol=1e-5, msg=target)
 
 
 def test_merging_in_bf16(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 import train
+from launch import hostcheck, plan_command
 from launch import memory as launch_memory
-from launch import plan_command
+from launch.checklist import CHECKS, Asking
+from launch.checks import Check
 from launch.commands import COMMANDS
 from launch.options import parse_options
 from launch.plan import describe, make_plan, plan_json
-from launch.preflight import preflight
-from rlhf.errors import ConfigError, RequirementError
+from rlhf.errors import ConfigError
 from rlhf.plan import scaling
 from rlhf.plan.hardware import gpu_speeds
 from rlhf.plan.memory import CPU_IMPORTS
@@ -113,18 +114,42 @@ def test_a_model_that_is_not_known_costs_a_line_only(tmp_path: Path) -> None:
     assert plan_json(plan)["steps"][0]["needs"] is None
 
 
-def test_preflight_refuses_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def memory_checks(plan: Any, way: str = "dry-run") -> list[Check]:
+    (item,) = [item for item in CHECKS if item.name == "memory"]
+    return item.ask(Asking(plan, way))
+
+
+def test_what_cannot_fit_fails(tmp_path: Path) -> None:
     """13B in fp32 in 8 GB: refused with the remedy before anything starts; or, asked to, warned."""
-    monkeypatch.setattr("launch.preflight.check_hub", lambda *a: (False, ""))
-    monkeypatch.setattr("launch.preflight.check_disk", lambda *a: [])
     argv = ["--actor-model", "facebook/opt-13b"]
-    with pytest.raises(RequirementError, match=r"step 1: memory .*launch\.check_memory=false"):
-        preflight(plan_of(tmp_path, *argv))
-    _, lines = preflight(plan_of(tmp_path, *argv, "launch.check_memory=false"))
-    assert len([line for line in lines if line.startswith("warning: step")]) == 3
+    checks = memory_checks(plan_of(tmp_path, *argv))
+    assert [check.state for check in checks] == ["FAIL"] * 3
+    assert "DOES NOT FIT" in checks[0].line()
+    assert "launch.check_memory=false" in checks[0].line()
+    checks = memory_checks(plan_of(tmp_path, *argv, "launch.check_memory=false"))
+    assert [check.state for check in checks] == ["warn"] * 3
 
 
-def test_preflight_warns_where_it_may_not_fit(tmp_path: Path) -> None:
+def test_a_login_boxs_memory_is_not_the_clusters(tmp_path: Path) -> None:
+    """Issue 10, 5: on many hosts its RAM says nothing; each is judged by what it has itself."""
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    flags = ["--deployment-type", "multi_node", "--hostfile", str(tmp_path / "hosts")]
+    flags += ["--actor-model", "facebook/opt-13b", "--accelerator", "cuda"]
+    plan = plan_of(tmp_path, *flags)
+    assert plan.machine.memory is None
+    assert "DOES NOT FIT" not in describe(plan)
+    checks = memory_checks(plan)
+    assert [check.state for check in checks] == ["warn"] * 3
+    assert "what the machines have is not known here" in checks[0].found
+    assert memory_checks(plan, "doctor") == []  # the hosts are asked
+    small = {"ram": 2**33, "gpus": [24 * 1024]}
+    assert [check.state for check in hostcheck._memory(plan, "a", small)] == ["FAIL"] * 3
+    assert hostcheck._memory(plan, "a", small)[0].what == "a: memory for step 1"
+    large = {"ram": 2**33, "gpus": [2000 * 1024]}
+    assert [check.state for check in hostcheck._memory(plan, "a", large)] == ["ok"] * 3
+
+
+def test_it_warns_where_it_may_not_fit(tmp_path: Path) -> None:
     """Within the plan's own error of the limit: a warning, and the run starts."""
     plan = plan_of(tmp_path)
     needs = plan.steps[2].needs
@@ -133,10 +158,10 @@ def test_preflight_warns_where_it_may_not_fit(tmp_path: Path) -> None:
     found, _ = launch_memory.step_report(resolved, tight, bases)
     assert found is not None
     assert not found.fits
-    (line,) = launch_memory.check_memory(found, tight, refuse=True)
-    assert line.startswith("warning: step 3: memory ")
-    assert "cheapest change that fits" in line
-    assert launch_memory.check_memory(needs, plan.machine, refuse=True) == []
+    check = launch_memory.memory_check(found, tight, refuse=True)
+    assert (check.what, check.state) == ("memory for step 3", "warn")
+    assert "MAY NOT FIT; cheapest change that fits" in check.found
+    assert launch_memory.memory_check(needs, plan.machine, refuse=True).state == "ok"
 
 
 def test_memory_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

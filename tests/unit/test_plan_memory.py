@@ -419,6 +419,8 @@ def test_weights_repacked_are_those_that_a_rollout_repacks(family: str, rank: in
     config = TINY[family](SIZE, {"vocab_size": 1024, "pad_token_id": 0})
     plain: Any = AutoModelForCausalLM.from_config(config)
     model = add_adapters(plain, LoraConfig(rank=rank), task="CAUSAL_LM", dropout=False)
+    with forward_of(model, lean=True, whole=True):
+        pass  # which way is right for the model is found by trying, once
     made: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         for where in (packing, blocks):

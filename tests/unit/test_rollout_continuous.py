@@ -13,8 +13,9 @@ from transformers import AttentionInterface
 
 import rlhf.rollout.attention as attention
 import rlhf.rollout.continuous as continuous
+import rlhf.rollout.probe as probe
 import rlhf.rollout.slab as slab
-from rlhf.errors import ConfigError, UserError
+from rlhf.errors import UserError
 from rlhf.rollout import ContinuousRollout
 from rlhf.rollout.attention import NAME, decode_attention, lean_attention
 from tests.unit.rollout_support import (
@@ -84,7 +85,10 @@ def test_in_16_bits_attention_keeps_its_shape(monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, seen)
     model = tiny_model().to(torch.bfloat16)
     sampling = SamplingConfig(max_new_tokens=40)
-    build(model, eos=VOCAB, lean=False, batch_size=7).generate(prompts(*LENGTHS), sampling)
+    engine = build(model, eos=VOCAB, lean=False, batch_size=7)
+    engine.generate(prompts(3), SamplingConfig(max_new_tokens=1))  # the model is tried (probe.py)
+    widths.clear()
+    engine.generate(prompts(*LENGTHS), sampling)
     assert widths - {12} == {12 + slab.GROW, 12 + 2 * slab.GROW}
 
 
@@ -171,6 +175,7 @@ def test_the_batch_is_never_larger_than_asked():
 def test_logits_are_made_for_the_last_position_only():
     """Nothing of size prompt x vocabulary is held."""
     model, lengths = tiny_model("opt"), []
+    build(model, lean=False).generate(prompts(3), SAMPLED)  # the model is tried (probe.py)
     model.lm_head.register_forward_hook(lambda *a: lengths.append(a[2].shape[1]))
     build(model, lean=False).generate(prompts(*LENGTHS), SAMPLED)
     assert set(lengths) == {1}
@@ -209,6 +214,8 @@ def test_lockstep_ranks_call_forward_equally_often(monkeypatch):
         return calls, outs
 
     tiny_models = [tiny_model("opt"), tiny_model("opt")]
+    for model in tiny_models:  # each is tried first (probe.py)
+        build(model, lean=False).generate(prompts(3), SAMPLED)
     free_calls, free = run(False)
     calls, outs = run(True)
     assert free_calls[0] < free_calls[1]
@@ -239,11 +246,15 @@ def test_a_bare_model_is_accepted_as_module():
     assert torch.equal(bare.generate(prompts(4, 5), SAMPLED).input_ids, expected.input_ids)
 
 
-def test_stateful_models_are_refused():
+def test_stateful_models_read_the_whole_row_again():
+    """A recurrent state cannot be cut into rows: every token is a forward over all of them."""
     model = tiny_model("llama")
+    expected = build(model).generate(prompts(*LENGTHS), SAMPLED)
     model._is_stateful = True
-    with pytest.raises(ConfigError, match=r"rollout\.engine to hybrid"):
-        build(model).generate(prompts(3), SAMPLED)
+    out = build(model, lean=False).generate(prompts(*LENGTHS), SAMPLED)
+    assert list(probe._chosen[model].values())[-1] == "read again for every token"
+    assert torch.equal(out.answers, expected.answers)
+    torch.testing.assert_close(out.log_probs, expected.log_probs, atol=1e-5, rtol=0)
 
 
 def test_diverged_weights_are_reported():

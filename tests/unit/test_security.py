@@ -23,8 +23,10 @@ from rlhf.config.load import load_config, read_yaml
 from rlhf.config.schema import EngineConfig, ModelConfig
 from rlhf.config.step_args import step_config
 from rlhf.data import cache
+from rlhf.data.judges import Judge
 from rlhf.errors import ConfigError, RequirementError, UserError
-from rlhf.evaluation.verdict import render
+from rlhf.evaluation.answers import AnswerRecord
+from rlhf.evaluation.verdict import build_verdict, render
 from rlhf.models import load_causal, load_scalar, load_tokenizer, materialise
 from rlhf.redact import printable
 from rlhf.store import cache_root, private_directory
@@ -307,29 +309,26 @@ def test_a_runs_name_cannot_leave_the_output_directory(name: str) -> None:
 
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b31m\u202etxt.exe\r\x08\x00"
+UNICODE = "naïve 日本 🙂"
 
 
 def test_a_models_words_cannot_steer_a_terminal() -> None:
     """Samples in the verdict: escape sequences and direction marks are shown, not sent."""
-    figures = {"reward": 0.0, "reward_ci": 0.1, "reward_std": 1.0, "kl": 0.0, "length": 1.0}
-    figures |= {"eos_fraction": 1.0, "distinct_2": 1.0, "answers": 1.0}
-    text = render(
-        {
-            "sft_perplexity": None,
-            "reward_accuracy": None,
-            "gain": 0.0,
-            "gain_ci": 0.0,
-            "gain_in_sft_std": 0.0,
-            "judge": None,
-            "models": {"sft": figures, "ppo": figures},
-            "samples": [{"prompt": HOSTILE, "sft": HOSTILE, "ppo": "naïve 日本 🙂"}],
-            "checks": {f"check {HOSTILE}": True},
-            "learned": True,
-        }
+    records = [
+        AnswerRecord(HOSTILE, answer, [1, 2], True, 0.0, 0.0, 1.0) for answer in (HOSTILE, UNICODE)
+    ]
+    verdict = build_verdict(
+        {"sft": records[:1], "ppo": records[1:]},
+        held_out=None,
+        sft={},
+        reward={},
+        judge=Judge(f"judge {HOSTILE}", lambda *rows: [], good=bool),
+        samples=1,
     )
+    text = render(verdict)
     assert all(char.isprintable() or char == "\n" for char in text)
     assert "\\x1b[31mred" in text
-    assert "naïve 日本 🙂" in text
+    assert UNICODE in text
 
 
 def test_printable() -> None:

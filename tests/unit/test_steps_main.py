@@ -188,12 +188,14 @@ def test_every_algorithm(root: Path, tmp_path: Path, algorithm: str) -> None:
     assert any(
         not torch.equal(a, b) for a, b in zip(actor.parameters(), before.parameters(), strict=True)
     )
-    verdict = read_json(tmp_path / "step3_ppo" / "verdict.json")
+    verdict = read_json(tmp_path / "step3_ppo" / "evaluation" / "verdict.json")
     assert set(verdict["models"]) == {"base", "sft", "ppo"}
     assert verdict["models"]["sft"]["kl"] == pytest.approx(0.0, abs=1e-4)
     assert verdict["reward_accuracy"] is not None
-    assert manifest.metrics["gain"] == verdict["gain"]
-    assert (tmp_path / "step3_ppo" / "verdict.txt").read_text(encoding="utf-8").strip()
+    evaluation = verify(tmp_path / "step3_ppo" / "evaluation", "evaluation")
+    assert evaluation.parents["ppo"].id == manifest.id
+    text = (tmp_path / "step3_ppo" / "evaluation" / "verdict.txt").read_text(encoding="utf-8")
+    assert text.strip()
 
 
 def test_all_options_together(root: Path, tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_a_base_model_that_is_gone_costs_a_row_of_the_verdict(root: Path, tmp_pa
     settings.step3.iterations = 1
     step(3, settings, tmp_path / "run", tmp_path / "run")
     verify(tmp_path / "run" / "step3_ppo" / "artifact", "ppo")
-    verdict = read_json(tmp_path / "run" / "step3_ppo" / "verdict.json")
+    verdict = read_json(tmp_path / "run" / "step3_ppo" / "evaluation" / "verdict.json")
     assert set(verdict["models"]) == {"sft", "ppo"}
 
 

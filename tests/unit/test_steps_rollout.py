@@ -18,7 +18,7 @@ from rlhf.config.schema import EngineConfig, RolloutConfig
 from rlhf.data.batches import collate_prompts
 from rlhf.engine.train import FrozenEngine
 from rlhf.rollout import build_rollout
-from step3_ppo.evaluate import answer_ids
+from step3_ppo.answers import answer_ids
 from step3_ppo.experience import (
     answer_scores,
     answer_values,

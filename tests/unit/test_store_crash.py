@@ -77,6 +77,57 @@ EVERY_POINT = """
     assert [path.name for path in step_dir.iterdir()] == ["artifact"]
     print("killed", killed)
 """
+AMENDED = """
+    from rlhf.store import amend
+    def first(directory):
+        (directory / "actor").mkdir()
+        (directory / "actor" / "README.md").write_text("figure 0")
+        (directory / "actor" / "w.bin").write_bytes(b"w" * 50_000)
+    made = publish(step_dir, first, kind="ppo", step=3, parents={}, data_fingerprint="",
+                   tokenizer_fingerprint="", config={}, metrics={"figure": 0})
+    inode = (step_dir / "artifact/actor/w.bin").stat().st_ino
+    put = lambda figure: amend(
+        step_dir / "artifact", {"actor/README.md": f"figure {figure}"}, {"figure": figure})
+
+    def check(round):
+        try:
+            manifest = verify(step_dir / "artifact", "ppo")
+        except ArtifactError as error:
+            assert mode == "fallback" and "rename it" in str(error), (round, str(error))
+            recovered.append(round)
+            clean(step_dir / "artifact")
+            manifest = verify(step_dir / "artifact", "ppo")
+        figure = manifest.metrics["figure"]
+        assert (step_dir / "artifact/actor/README.md").read_text() == f"figure {figure}"
+        assert (step_dir / "artifact/actor/w.bin").stat().st_ino == inode
+        assert manifest.content_id == made.content_id
+        return figure
+
+    killed, figures = 0, {0}
+    for n in range(1, 10_000):
+        child = os.fork()
+        if child == 0:
+            seen = 0
+            def hook(event, arguments):
+                global seen
+                seen += 1
+                if seen == n:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(hook)
+            put(n)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        figures.add(check(n))
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0 and n in figures
+            break
+        killed += 1
+    assert killed > 30 and len(figures) > 1, (killed, figures)
+    assert bool(recovered) == (mode == "fallback"), recovered
+    assert put(-1).id != made.id
+    assert [path.name for path in step_dir.iterdir()] == ["artifact"]
+    print("killed", killed)
+"""
 RANDOM = """
     before = put(0).config["version"]
     rounds = random.Random(int(sys.argv[3]))
@@ -110,6 +161,12 @@ def run(script: str, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("mode", ["exchange", "fallback"])
+def test_an_amendment_killed_at_every_point(tmp_path: Path, mode: str) -> None:
+    """The card and the metrics are the old ones or the new ones, both; the weights never change."""
+    assert "killed" in run(AMENDED, str(tmp_path), mode)
 
 
 @pytest.mark.parametrize("mode", ["exchange", "fallback"])

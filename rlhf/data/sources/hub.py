@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import datasets
-
 from rlhf.config.names import DEFAULT_ENDPOINT
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, Part, Row, as_data_error
@@ -29,6 +27,8 @@ def open_hub(path: str, data: DataConfig) -> DataSet:
             f"data path {path!r}: neither a file here, a URL, nor a hub id (`org/name`, "
             "`org/name:config`, `org/name@revision`)"
         )
+    import datasets
+
     _stay_on_a_mirror()
     with as_data_error(path, _REMEDY):
         loaded = datasets.load_dataset(
@@ -49,6 +49,8 @@ def open_hub(path: str, data: DataConfig) -> DataSet:
 def _stay_on_a_mirror() -> None:
     """With a mirror, `datasets` still asks datasets-server.MIRROR (token included, limit 100 s) and
     counts the download at s3.amazonaws.com."""
+    import datasets
+
     if datasets.config.HF_ENDPOINT != DEFAULT_ENDPOINT:
         datasets.config.USE_PARQUET_EXPORT = False
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
