@@ -96,14 +96,13 @@ def settings(algorithm: str, seed: int, problem: Problem, **changes: Any) -> Run
 
 def load(problem: Problem, config: RunConfig, steps: int, zero_stage: int = 0) -> Roles:
     """Step 3's roles: policy = reference, a random transformer; a fresh critic; the table."""
-    engine = EngineConfig(zero_stage=zero_stage)
+    engine = EngineConfig.model_validate({"zero_stage": zero_stage})
     frozen = EngineConfig(zero_stage=3 if zero_stage == 3 else 0)
-    rate = {"scheduler": "linear", "betas": (0.9, 0.95)}
     critic = None
     if config.step3.algorithm == "ppo":
-        optim = OptimConfig(learning_rate=1e-2, **rate)
+        optim = OptimConfig(learning_rate=1e-2, scheduler="linear")
         critic = TrainEngine(scalar_model(0.02), engine, optim, dtype="float32", total_steps=steps)
-    optim = OptimConfig(learning_rate=3e-3, **rate)
+    optim = OptimConfig(learning_rate=3e-3, scheduler="linear")
     return Roles(
         actor=TrainEngine(_policy(), engine, optim, dtype="float32", total_steps=steps),
         reference=FrozenEngine(_policy(), frozen, dtype="float32"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from certify.check import Check
 from rlhf.algo import losses, rewards
 from rlhf.algo.advantages import whiten
+from rlhf.algo.masking import AllReduce
 
 
 def estimators() -> Iterator[Check]:
@@ -92,9 +93,12 @@ def two_ranks() -> Iterator[Check]:
     values = torch.randn(8, 5, generator=generator) + torch.arange(8)[:, None]
     mask = torch.arange(5) < torch.randint(1, 6, (8, 1), generator=generator)
     whole = whiten(values, mask)
-    parts = on_ranks(
-        [lambda reduce, k=k: whiten(values[k : k + 4], mask[k : k + 4], reduce) for k in (0, 4)]
-    )
+
+    def half(start: int) -> Callable[[AllReduce], Tensor]:
+        rows = slice(start, start + 4)
+        return lambda all_reduce: whiten(values[rows], mask[rows], all_reduce)
+
+    parts = on_ranks([half(0), half(4)])
     apart = (torch.cat(parts) - whole).abs().max()
     counted = whole[mask]
     yield Check("advantages whitened on two ranks as on one", float(apart), 1e-5)
@@ -102,7 +106,7 @@ def two_ranks() -> Iterator[Check]:
     yield Check("whitened advantages: |std - 1|", float((counted.std(False) - 1).abs()), 1e-4)
 
 
-def on_ranks(works: list[Callable[[Callable[[Tensor], Tensor]], Tensor]]) -> list[Tensor]:
+def on_ranks(works: list[Callable[[AllReduce], Tensor]]) -> list[Tensor]:
     """Each of `works` in a thread of its own, with an all_reduce that sums over them."""
     barrier = threading.Barrier(len(works), timeout=60)
     shared: list[Tensor | None] = [None] * len(works)

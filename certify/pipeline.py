@@ -12,9 +12,10 @@ from torch import Tensor
 from certify.check import Check
 from certify.engine import GROUP, LETTERS, all_answers, answer_log_probs, settings, trainer
 from certify.problem import EOS, Problem, divergence, group_fixed_point, make_problem
+from rlhf.algo.kl import FixedKL
 from rlhf.data.batches import collate_prompts
-from step3_ppo.evaluate import answer_ids
-from step3_ppo.experience import answer_scores, answer_values, generate, score
+from step3_ppo.answers import answer_ids
+from step3_ppo.experience import answer_scores, answer_values, generate, reward, score
 from step3_ppo.main import Trainer
 from step3_ppo.rollout import Rollout
 from step3_ppo.update import update
@@ -88,7 +89,8 @@ def parts(seed: int, zero_stage: int = 0) -> Iterator[Check]:
     config = settings("ppo", seed, problem, rollout=given)
     made = trainer(problem, config, 10, zero_stage)
     exact = answer_log_probs(made.roles.reference, problem, TEMPERATURE)
-    yield Check("probabilities of all answers: |sum - 1|", float((exact.exp().sum(1) - 1).abs().max()), 1e-4)  # fmt: skip
+    rest = float((exact.exp().sum(1) - 1).abs().max())
+    yield Check("probabilities of all answers: |sum - 1|", rest, 1e-4)
     rollout = _sampled(made, problem)
     places = _places(problem, rollout)
     assert rollout.log_probs is not None
@@ -99,6 +101,12 @@ def parts(seed: int, zero_stage: int = 0) -> Iterator[Check]:
     scored = score(made.roles, rollout, TEMPERATURE, 256)
     scores = scored.need("scores").cpu().double()
     yield Check("scores", float((scores - problem.raw.flatten()[places]).abs().max()), 1e-4)
+    ppo = config.step3.ppo
+    coef = FixedKL(problem.beta)
+    rewarded, _ = reward(scored, ppo, coef, made.statistics, kl_in_reward=True)
+    whole = rewarded.need("token_rewards").sum(1).cpu().double()
+    apart = (whole - problem.rewards.flatten()[places]).abs().max()  # policy = reference: KL 0
+    yield Check("rewards of answers", float(apart), 1e-3)
     yield Check("ended", float((rollout.ended.cpu() != problem.ended.repeat(2)[places]).sum()), 0.0)
     yield _values(made, rollout)
     yield _micro_batches(made, scored, problem, zero_stage)

@@ -27,7 +27,7 @@ def bradley_terry(seed: int, steps: int, zero_stage: int = 0) -> Iterator[Check]
     generator = torch.Generator().manual_seed(seed)
     engine = TrainEngine(
         scalar_model(0.14),
-        EngineConfig(zero_stage=zero_stage),
+        EngineConfig.model_validate({"zero_stage": zero_stage}),
         OptimConfig(learning_rate=3e-3, scheduler="linear"),
         dtype="float32",
         total_steps=steps,
@@ -46,7 +46,8 @@ def bradley_terry(seed: int, steps: int, zero_stage: int = 0) -> Iterator[Check]
     drawn = _draw(problem, HELD_OUT, generator)
     chosen = [float(scores[p, c]) for p, c, _ in drawn]
     rejected = [float(scores[p, r]) for p, _, r in drawn]
-    metrics = pair_metrics(chosen, rejected, [1] * len(drawn), [1] * len(drawn))
+    alike = [1] * len(drawn)
+    metrics = pair_metrics(chosen, rejected, alike, alike, [prompt for prompt, *_ in drawn])
     yield Check("reward model: calibration error", metrics["calibration_error"], 0.03)
 
 

@@ -1,4 +1,4 @@
-"""`rlhf certify`: starts certify/main.py, on one rank or several; torch is loaded there, not here."""
+"""`rlhf certify`: starts certify/main.py, on one rank or several: torch is loaded there."""
 
 from __future__ import annotations
 
