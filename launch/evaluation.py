@@ -154,7 +154,7 @@ def _confirm(run: RunDir, item: StepPlan, outcome: Outcome, *, fresh: bool) -> N
     raise EvaluationFailed(
         f"the evaluation failed: {why}\n"
         f"The trained models are published in {run.artifact('ppo')}; {kept}. "
-        f"Evaluate them again with:\n  {command(run, item)}"
+        f"Once that is mended, evaluate them with:\n  {command(run, item)}"
     )
 
 

@@ -135,7 +135,8 @@ def _own(name: str, path: Path, manifest: Manifest, note: str = "") -> Parent:
 def foreign(name: str, model: str, setting: str, quick: bool) -> Parent:
     """A model that this run did not make: an artifact of another run, HF directory or hub id."""
     model = absolute_if_local(model)
-    note = f"{setting}: {model} serves as the {STEP_NAMES[_MADE_BY[name]]} model"
+    role = STEP_NAMES[_MADE_BY[name]].removesuffix(" model")
+    note = f"{setting}: {model} serves as the {role} model"
     path = Path(model)
     if not path.exists():
         if is_path_like(model):

@@ -110,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
         description="Supervised fine-tuning, reward model and PPO, in one command. Without flags: "
         "the embedded default, on CPU in a few minutes.",
         epilog="Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; "
-        "--print-config shows them all. "
+        "--print-config shows them all. In formats, templates and stop strings \\n is a line break "
+        "and \\\\ a backslash; in paths and names a backslash stays. "
         "Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement is "
         "missing, 129 hung up, 130 interrupted, 143 terminated.",
     )

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rlhf.config.escapes import TEXT_SETTINGS, read_list, unescaped
 from rlhf.config.removed import remedy
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
@@ -125,22 +126,26 @@ def lookup(name: str) -> Key | None:
 
 
 def parse_value(text: str, key: Key) -> Any:
-    """The value in a command line's text: YAML, but text as it is where a setting holds text."""
+    """The value in a command line's text: YAML, but text as it is where a setting holds text.
+
+    Free text has its escapes read (rlhf/config/escapes.py). Raises ConfigError.
+    """
+    free = key.name in TEXT_SETTINGS
     stripped = text.strip()
     if stripped in ("null", "~", ""):
         return None if type(None) in key.types else text
     collects = key.is_list or key.is_dict or tuple in key.types
     if not (collects and stripped[0] in "[{"):
         if str in key.types or text in key.types or key.is_dict:
-            return text
+            return unescaped(text, key.name) if free else text
         if key.is_list:
-            return [text]
+            return [unescaped(text, key.name) if free else text]
         if tuple in key.types:
             return text.split(",")
         if all(isinstance(kind, str) for kind in key.types):
             return text
     try:
-        return yaml.safe_load(text)
+        return read_list(text, key.name) if free else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{key.name}={text}: not a value that can be read ({type(error).__name__}). "

@@ -23,7 +23,7 @@ class PPOConfig(Section):
         "paper has.",
     )
     kl_target: float | None = doc(None, "Nats per answer; set: kl_coef adapts to it.", gt=0)
-    kl_horizon: float = doc(10_000, "Answers over which the coefficient adapts.", gt=0)
+    kl_horizon: float = doc(10_000.0, "Answers over which the coefficient adapts.", gt=0)
     kl_loss_coef: float | None = doc(
         None,
         "Weight of the KL loss, if another than kl_coef; with KL in the reward, a KL loss beside "

@@ -46,7 +46,7 @@ class DataConfig(RowsConfig):
         "refused) or Jinja text.",
     )
     split: tuple[float, float, float] = doc(
-        (2, 4, 4), "Shares of the training rows for steps 1, 2 and 3; normalised to sum to 1."
+        (2.0, 4.0, 4.0), "Shares of the training rows for steps 1, 2 and 3; normalised to sum to 1."
     )
     hub_split: str = doc("train", "Name of the training split on the hub.")
     hub_eval_split: str | None = doc("test", "Name of the held-out split on the hub, if any.")
@@ -259,7 +259,7 @@ class EvalConfig(Section):
     judge: str | None = doc(
         None, "Rule-based judge: `courtesy`, `vader`, or `module:function`; unset: the data's own."
     )
-    judge_timeout: float | None = doc(3600, "Seconds of a judge for a model's answers.", gt=0)
+    judge_timeout: float | None = doc(3600.0, "Seconds of a judge for a model's answers.", gt=0)
 
 
 class RLConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -47,12 +48,26 @@ def _section(model: BaseModel, prefix: str, depth: int, inherited: Mapping[str, 
     return lines
 
 
+class _OneLine(yaml.SafeDumper):
+    """Text that holds a line break or a tab goes into double quotes, which say it by an escape."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_OneLine.add_representer(str, _text)
+
+
 def scalar(value: Any) -> str:
     """One value as YAML on one line."""
     if isinstance(value, tuple):
         value = list(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+    text = yaml.dump(
+        value, Dumper=_OneLine, default_flow_style=True, width=math.inf, allow_unicode=True
+    )
+    return text.removesuffix("...\n").removesuffix("\n")
 
 
 def json_schema() -> str:

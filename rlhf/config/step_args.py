@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rlhf.config.escapes import TEXT_SETTINGS, unescaped
 from rlhf.config.explain import explain
 from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value, unknown_key
 from rlhf.config.load import build_config, load_config, read_yaml, with_values
@@ -114,7 +115,7 @@ def _value(key: Key, given: list[str]) -> Any:
     if not given and key.is_flag:
         return True
     if key.is_list and len(given) > 1:
-        return given
+        return [unescaped(text, key.name) for text in given] if key.name in TEXT_SETTINGS else given
     name = key.name
     if len(given) != 1:
         raise ConfigError(f"--{name} takes one value, {len(given)} were given: {given}. {key.doc}")

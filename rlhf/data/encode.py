@@ -17,6 +17,7 @@ from rlhf.data.sources.base import BadRow
 from rlhf.data.templates import Messages
 from rlhf.data.tokenizers import Encoder
 from rlhf.data.typed import unguarded
+from rlhf.text import normalised
 
 _IDS = pa.list_(pa.int32())
 SCHEMAS: dict[int, pa.Schema] = {
@@ -230,6 +231,6 @@ def _append(
 
 
 def prompt_key(prompt: str) -> int:
-    """A prompt's 64-bit hash, the same in every process."""
-    digest = hashlib.sha256(prompt.encode("utf-8")).digest()
+    """The 64-bit hash of a normalised prompt, the same in every process."""
+    digest = hashlib.sha256(normalised(prompt).encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big", signed=True)

@@ -36,25 +36,9 @@ def render(verdict: dict[str, Any]) -> str:
         lines += [f"    {name:>4}: {sample[name]!r}" for name in NAMES if name in sample]
     lines += ["", "  What was asked, in this order (docs/verdict.md):"]
     marks = {"holds": "ok", "broken": "NO", "not shown": "??", "unknown": "--"}
-    order = sorted(decision["points"].items(), key=lambda item: _rank(item[0]))
-    lines += [f"  [{marks[state]}] {point}: {state}" for point, state in order]
+    lines += [f"  [{marks[state]}] {point}: {state}" for point, state in decision["points"]]
     # What a model wrote is quoted above, escape sequences and all; names and judges are not.
     return printable("\n".join(lines) + "\n")
-
-
-def _rank(point: str) -> int:
-    """JSON files have their keys sorted; a person reads them in the order of the rules."""
-    keys = (
-        "reward model",
-        "reward rose between",
-        "reward rose",
-        "end",
-        "distinct",
-        "judge",
-        "good",
-    )
-    order = (0, 2, 1, 3, 4, 5, 6)
-    return next((o for key, o in zip(keys, order, strict=True) if key in point), 7)
 
 
 def _wrapped(text: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.evaluation.compare import BETTER, HIGHER, LOWER, WORSE, Comparison
 from rlhf.evaluation.reward_model import FAILS, PASSES, UNKNOWN, RewardJudgement
@@ -32,7 +33,12 @@ class Decision:
     outcome: str
     rule: str
     next: str
-    points: dict[str, str]  # point -> holds, broken, not shown; of a reward model also unknown
+    points: dict[str, str]
+    """Point -> holds, broken, not shown; of a reward model also unknown."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The points as pairs: JSON files have their keys sorted, and these have an order."""
+        return self.__dict__ | {"points": list(self.points.items())}
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,11 @@ def _expected(occurring: Counter[int], size: int, drawn: int) -> float:
 
 
 def equal_size(models: Sequence[Sequence[Pairs]]) -> int:
-    """The most pairs that every model has, also without any one prompt; 0: too few to compare."""
-    return min(
-        sum(sizes) - max(sizes)
-        for model in models
-        for sizes in [[sum(pairs.values()) for pairs in model]]
-    )
+    """Half of the pairs of the model with fewest, or all it has without its longest prompt; 0: too
+    few to compare. Of nearly all pairs, what a prompt adds depends on how many are left over, which
+    makes the jackknife too wide."""
+    sizes = [[sum(pairs.values()) for pairs in model] for model in models]
+    return min(min(sum(one) // 2, sum(one) - max(one)) for one in sizes)
 
 
 class Variety(NamedTuple):

@@ -83,7 +83,7 @@ def build_verdict(
                 judge=judge.name if judge and "judge" in own else None,
             )
             comparisons[name] = {key: value.as_json() for key, value in found.items()}
-            decisions[name] = decide(evidence, judged).__dict__
+            decisions[name] = decide(evidence, judged).as_json()
     gain = comparisons["ppo"]["reward"]
     deviation = models["sft"].get("reward_std", 0.0)
     verdict = {

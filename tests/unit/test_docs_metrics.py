@@ -124,9 +124,9 @@ def test_step_2_logs_what_its_glossary_says(loss: str) -> None:
     columns: dict[str, list[Any]] = {
         "prompt_ids": [[5], [6], [7], [5], [6], [7]],
         "chosen_ids": [[8, EOS], [8, 9, EOS], [8, EOS], [8, EOS], [8, 8, 8, EOS], [9, EOS]],
-        "rejected_ids": [[9, EOS], [9, EOS], [9, 9, EOS], [8, 8, EOS], [9, EOS], [8, 8, 8, EOS]],
+        "rejected_ids": [[9, EOS], [9, EOS], [9, 9, EOS], [9, EOS], [9, EOS], [8, 8, 8, EOS]],
         "margin": [0.0] * 6,
-        "prompt_key": [1, 2, 3, 1, 2, 3],
+        "prompt_key": [1, 2, 3, 4, 5, 6],  # two prompts of every kind: intervals
     }
     names = logged(reward, fake_run(f"step2.loss={loss}"), FakeEngine("scalar"), columns)
     assert sorted(names) == sorted(glossary("step2_reward/README.md"))

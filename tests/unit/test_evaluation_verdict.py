@@ -142,7 +142,10 @@ def test_the_text() -> None:
     models["ema"], models["base"] = models["sft"], models["ppo"]
     found = built(models, sft={"perplexity": 2.5, "perplexity_before": 40.0})
     text = render(json.loads(json.dumps(found, sort_keys=True)))
-    assert text == render(found)
+    assert text == render(found)  # read back from a file with sorted keys
+    marked = [line.split("] ")[1] for line in text.splitlines() if line.startswith("  [")]
+    assert marked == [f"{point}: {state}" for point, state in found["decisions"]["ppo"]["points"]]
+    assert "the reward model" in marked[0]
     lines = text.splitlines()
     assert lines[1] == "VERDICT: LEARNED"
     assert all(len(line) <= 100 for line in lines if ": '" not in line)
