@@ -1,4 +1,4 @@
-"""The certificate: every algorithm reaches an optimum that can be computed (docs/certificate.md)."""
+"""The certificate: every algorithm reaches an optimum that can be computed."""
 
 from __future__ import annotations
 
