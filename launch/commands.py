@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
+def _certify(argv: Sequence[str]) -> int:
+    from launch import certify
+
+    return certify.main(argv)
+
+
 def _doctor(argv: Sequence[str]) -> int:
     from launch import doctor
 
@@ -31,6 +37,7 @@ def _plan(argv: Sequence[str]) -> int:
 
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "certify": _certify,
     "doctor": _doctor,
     "evaluate": _evaluate,
     "example": _example,

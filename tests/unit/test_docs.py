@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from certify import main as certify
 from launch import evaluation, plan_command
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
@@ -107,7 +108,8 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def flags() -> set[str]:
-    return {*parser()._option_string_actions, *plan_command.parser()._option_string_actions}
+    parsers = (parser(), plan_command.parser(), certify.parser())
+    return {flag for one in parsers for flag in one._option_string_actions}
 
 
 EVERY_COMMAND = [(page, command) for page in PAGES for command in commands(page)]
@@ -142,6 +144,9 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 def check_driver(argv: list[str]) -> None:
     if argv[:1] == ["plan"]:
         plan_command.parse(argv[1:])
+        return
+    if argv[:1] == ["certify"]:
+        certify.parser().parse_args(argv[1:])
         return
     if argv[:1] == ["evaluate"]:
         _, asked = evaluation.parse_flags(argv[1:])

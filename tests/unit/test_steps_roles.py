@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from step3_ppo.evaluate import answer_ids
 
 from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.algo.kl import FixedKL
 from rlhf.config.schema import RolloutConfig
 from rlhf.data.batches import collate_prompts
 from rlhf.rollout import build_rollout
+from step3_ppo.answers import answer_ids
 from step3_ppo.experience import answer_scores, credit, generate, reward, score
 from step3_ppo.rollout import Rollout
 from tests.unit import model_help as help_
