@@ -129,6 +129,7 @@ def prepare(
         raise DataError(f"data cache {root}: {key}.arrow changed while it was written; try again")
     dataset, info = found
     report = DataReport.from_dict(info["report"])
+    report.notes = _notes(sets)  # of the files as they lie now; the cache knows their content only
     _check(request, report)
     return StageData(dataset, report, info["fingerprint"], HeldOut(**info["held_out"]))
 
@@ -136,6 +137,10 @@ def prepare(
 def brings_held_out(data_set: DataSet) -> bool:
     """Whether a data set has a test split of its own."""
     return any(part.held_out for part in data_set.parts)
+
+
+def _notes(sets: Sequence[DataSet]) -> list[str]:
+    return [note for one in sets for note in one.notes]
 
 
 def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[DataSet]) -> str:
@@ -166,7 +171,7 @@ def _build(
     root: Any,
     key: str,
 ) -> None:
-    report = DataReport()
+    report = DataReport(notes=_notes(sets))
     maker = SampleMaker(
         request.data,
         lambda messages, generate, tools=None: render(
