@@ -130,6 +130,7 @@ def prepare(
         raise DataError(f"data cache {root}: {key}.arrow changed while it was written; try again")
     dataset, info = found
     report = DataReport.from_dict(info["report"])
+    report.notes = _notes(sets)  # of the files as they lie now; the cache knows their content only
     _check(request, report)
     return StageData(dataset, report, info["fingerprint"], HeldOut(**info["held_out"]))
 
@@ -188,6 +189,10 @@ def brings_held_out(data_set: DataSet) -> bool:
     return any(part.held_out for part in data_set.parts)
 
 
+def _notes(sets: Sequence[DataSet]) -> list[str]:
+    return [note for one in sets for note in one.notes]
+
+
 def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[DataSet]) -> str:
     data = request.data.model_dump(
         exclude={"path", "template", "cache_dir", "max_bad_rows", "hub_split", "hub_eval_split"}
@@ -216,7 +221,7 @@ def _build(
     root: Any,
     key: str,
 ) -> None:
-    report = DataReport()
+    report = DataReport(notes=_notes(sets))
     maker = SampleMaker(
         request.data,
         lambda messages, generate, tools=None: render(

@@ -35,7 +35,7 @@ from rlhf.data.encode import needed_answers
 from rlhf.data.prepare import survey
 from rlhf.data.sample import ANSWERS, Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
-from rlhf.data.sources import SOURCES, BadRow, DataSet, Part, Row, kind_of
+from rlhf.data.sources import SOURCES, BadRow, DataSet, Part, Row, gathered, kind_of
 from rlhf.data.sources.base import NoPreference
 from rlhf.data.templates import TEMPLATES, Messages, sandbox_render
 from rlhf.data.typed import unguarded
@@ -124,6 +124,9 @@ def _opened(data: DataConfig, download: bool, found: Preview) -> list[DataSet]:
         ]
         count = None if None in rows else sum(row for row in rows if row is not None)
         found.sources.append({"name": redact(path), "fingerprint": one.fingerprint, "rows": count})
+    if len(sets) == len(data.path):  # else it is not known whether there is anything to train on
+        sets = gathered(sets, data)
+    found.notes += [note for one in sets for note in one.notes]
     return sets
 
 

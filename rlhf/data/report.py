@@ -22,6 +22,7 @@ class DataReport:
     `dropped`: reason -> count. `truncated`: what was cut (kinds of prompts, `answer`; a pair has
     two answers) -> count, among the kept rows. `duplicates`: rows whose content was read before;
     they are kept. `elsewhere`: rows of other steps or splits.
+    `notes`: what the sources say of their files.
     `places`: the first places of what is dropped, truncated or a duplicate, by its name in `lines`.
     """
 
@@ -31,6 +32,7 @@ class DataReport:
     answers: int = 0
     duplicates: int = 0
     extra: int = 0
+    notes: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     bad: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -79,6 +81,7 @@ class DataReport:
             f" (and {self.extra} pairs more, from several answers a row)" if self.extra else ""
         )
         lines = [
+            *self.notes,
             *self.shapes,
             f"{self.read} rows read{more_pairs}: {self.kept} kept, {self.elsewhere} belong to "
             f"other steps or splits, {self.dropped.total()} dropped, {self.bad_rows} bad",

@@ -41,10 +41,14 @@ class Part:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Parts that belong together: the held-out ones serve the training ones."""
+    """Parts that belong together: the held-out ones serve the training ones.
+
+    `notes`: what a person should know of how they were found, such as files that are not read.
+    """
 
     name: str
     parts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:

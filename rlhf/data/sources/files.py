@@ -3,18 +3,18 @@
 Which rows are held out is said by names: a file or a folder below the given directory called
 `test`, `val`, `valid`, `validation`, `eval`, `evaluation` or `dev`, alone or followed by something
 that is not a letter (`test-00000-of-00001.parquet`, `val_2.jsonl`). If there are both validation
-and test files, the validation files serve and the test files are left alone.
+and test files, the validation files serve and the test files are left alone. Files that are held
+out with nothing to train on beside them become training data: `open_data_sets` says when.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -22,11 +22,14 @@ from fsspec.implementations.local import LocalFileSystem
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, Part, Row, as_data_error
 from rlhf.data.sources.formats import READERS
+from rlhf.data.sources.listing import left_out_note, listed, refuse_broken_link, why_left_out
+from rlhf.data.sources.packed import compression_of, unpacked
 from rlhf.errors import DataError
 from rlhf.redact import redact
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _VALIDATION = re.compile(r"(val|valid|validation|eval|evaluation|dev)(?![a-z])", re.IGNORECASE)
+UNUSED = "test files, because there are validation files"
 _TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _REMEDY = "check the path, its permissions and that the file is whole"
@@ -48,23 +51,37 @@ def open_url(path: str, data: DataConfig) -> DataSet:
 
 def _open(fs: Any, root: str, shown: str) -> DataSet:
     with as_data_error(shown, _REMEDY):
+        if isinstance(fs, LocalFileSystem):
+            refuse_broken_link(root)
         if not fs.exists(root):
             raise DataError(f"data path {shown!r}: no such file or directory; check data.path")
         if not fs.isdir(root):
             return _single(fs, root, shown)
-        found = fs.find(root, detail=True)
-        files = [name for name, info in sorted(found.items()) if info["type"] == "file"]
+        files = listed(fs, root)
     prefix = root.rstrip("/") + "/"
-    roles = {name: role_of(name.removeprefix(prefix)) for name in files if _readable(name)}
+    roles: dict[str, str] = {}
+    left_out: dict[str, list[str]] = {}
+    for name in filter(_readable, files):
+        relative = name.removeprefix(prefix)
+        if why := why_left_out(fs, name, prefix, set(files)):
+            left_out.setdefault(why, []).append(relative)
+        else:
+            roles[name] = role_of(relative)
+    if "validation" in roles.values() and "test" in roles.values():
+        unused = [name for name, role in roles.items() if role == "test"]
+        left_out[UNUSED] = [name.removeprefix(prefix) for name in unused]
+        roles = {name: role for name, role in roles.items() if role != "test"}
+    notes = tuple(left_out_note(shown, why, names) for why, names in left_out.items())
     if not roles:
-        raise DataError(f"data path {shown!r}: no file there ends in one of {KNOWN}")
-    unused = "test" if "validation" in roles.values() else None
-    kept = {name: role for name, role in roles.items() if role != unused}
-    return DataSet(prefix, tuple(_part(fs, name, role != "train") for name, role in kept.items()))
+        why = f"no file there ends in one of {KNOWN}"
+        raise DataError("; ".join([f"data path {shown!r}: {why}", *notes]))
+    parts = tuple(_part(fs, name, role != "train") for name, role in roles.items())
+    return DataSet(prefix, parts, notes)
 
 
 def _single(fs: Any, root: str, shown: str) -> DataSet:
-    if fs.info(root)["type"] != "file":
+    local = isinstance(fs, LocalFileSystem)
+    if not (os.path.isfile(root) if local else fs.info(root)["type"] in ("file", "link")):
         raise DataError(
             f"data path {shown!r}: not a regular file (a pipe or device?); rows are read more than "
             "once, so copy them to a file first"
@@ -77,7 +94,7 @@ def _single(fs: Any, root: str, shown: str) -> DataSet:
 
 def _readable(name: str) -> bool:
     base = name.rpartition("/")[2]
-    return base not in _NOT_ROWS and not base.startswith(".") and suffix_of(base) in READERS
+    return base not in _NOT_ROWS and suffix_of(base) in READERS
 
 
 def suffix_of(name: str) -> str:
@@ -97,17 +114,21 @@ def role_of(relative: str) -> str:
 def _part(fs: Any, name: str, held_out: bool) -> Part:
     shown = name if isinstance(fs, LocalFileSystem) else redact(fs.unstrip_protocol(name))
     with as_data_error(shown, _REMEDY), fs.open(name, "rb") as stream:
-        digest = hashlib.sha256(suffix_of(name).encode())
-        for block in iter(functools.partial(stream.read, 1 << 20), b""):
-            digest.update(block)
-    return Part(shown, held_out, digest.hexdigest(), functools.partial(_rows, fs, name, shown))
+        fingerprint, packed = looked_over(stream, suffix_of(name), shown)
+    rows = functools.partial(_rows, fs, name, shown, packed)
+    return Part(shown, held_out, fingerprint, rows)
 
 
-def _rows(fs: Any, name: str, shown: str) -> Iterator[tuple[str, Row | BadRow]]:
-    with as_data_error(shown, _REMEDY), fs.open(name, "rb", compression="infer") as stream:
-        yield from READERS[suffix_of(name)](_seekable(stream), shown)
+def looked_over(stream: Any, suffix: str, shown: str) -> tuple[str, str | None]:
+    """Hash of a file's content and format, and its compression. DataError: `compression_of`'s."""
+    first = stream.read(1 << 20)
+    packed = compression_of(first, shown)
+    digest = hashlib.sha256(suffix.encode() + first)
+    for block in iter(functools.partial(stream.read, 1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest(), packed
 
 
-def _seekable(stream: BinaryIO) -> BinaryIO:
-    """Parquet and arrow jump about; a stream that cannot is read whole."""
-    return stream if stream.seekable() else io.BytesIO(stream.read())
+def _rows(fs: Any, name: str, shown: str, packed: str | None) -> Iterator[tuple[str, Row | BadRow]]:
+    with as_data_error(shown, _REMEDY), fs.open(name, "rb") as stream:
+        yield from READERS[suffix_of(name)](unpacked(stream, packed, shown), shown)

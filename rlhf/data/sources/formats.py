@@ -135,17 +135,23 @@ def _csv_rows(text: io.TextIOWrapper, name: str) -> Rows:
 
 def read_parquet(stream: BinaryIO, name: str) -> Rows:
     """Parquet, row group by row group."""
-    return _batches(pq.ParquetFile(stream).iter_batches(batch_size=1024), name)
+    return _batches(pq.ParquetFile(_seekable(stream)).iter_batches(batch_size=1024), name)
 
 
 def read_arrow(stream: BinaryIO, name: str) -> Rows:
     """Arrow IPC: the stream format that `datasets` writes, or the file format (feather)."""
+    stream = _seekable(stream)
     magic = stream.read(6)
     stream.seek(0)
     if magic == b"ARROW1":
         file = pa.ipc.open_file(stream)
         return _batches((file.get_batch(i) for i in range(file.num_record_batches)), name)
     return _batches(iter(pa.ipc.open_stream(stream)), name)
+
+
+def _seekable(stream: BinaryIO) -> BinaryIO:
+    """Parquet and arrow jump about; a stream that cannot is read whole."""
+    return stream if stream.seekable() else io.BytesIO(stream.read())
 
 
 def _batches(batches: Iterator[pa.RecordBatch], name: str) -> Rows:

@@ -7,21 +7,18 @@ nowhere with its signature.
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 from urllib.parse import unquote, urlsplit
-
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
 
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, Part, Row, as_data_error
-from rlhf.data.sources.files import KNOWN, role_of, suffix_of
+from rlhf.data.sources.files import KNOWN, looked_over, role_of, suffix_of
 from rlhf.data.sources.formats import READERS
+from rlhf.data.sources.packed import unpacked
 from rlhf.errors import DataError
 from rlhf.redact import redact
 
@@ -38,13 +35,11 @@ def open_http(path: str, data: DataConfig) -> DataSet:
         raise DataError(f"data path {shown!r}: its name must end in one of {KNOWN}")
     with as_data_error(shown, _REMEDY):
         stream = _fetched(path)
-        digest = hashlib.sha256(suffix.encode())
-        for block in iter(functools.partial(stream.read, 1 << 20), b""):
-            digest.update(block)
+        fingerprint, packed = looked_over(stream, suffix, shown)
     folder, _, base = name.rpartition("/")
     held_out = role_of(base) != "train"
-    rows = functools.partial(_rows, stream, name, suffix, shown)
-    part = Part(shown, held_out, digest.hexdigest(), rows)
+    rows = functools.partial(_rows, stream, packed, suffix, shown)
+    part = Part(shown, held_out, fingerprint, rows)
     return DataSet(f"{urlsplit(path).scheme}://{urlsplit(path).netloc}{folder}/", (part,))
 
 
@@ -63,10 +58,8 @@ def _fetched(path: str) -> IO[bytes]:
 
 
 def _rows(
-    stream: IO[bytes], name: str, suffix: str, shown: str
+    stream: IO[bytes], packed: str | None, suffix: str, shown: str
 ) -> Iterator[tuple[str, Row | BadRow]]:
     with as_data_error(shown, _REMEDY):
         stream.seek(0)
-        compression = infer_compression(name)
-        opened: Any = compr[compression](stream, mode="rb") if compression else stream
-        yield from READERS[suffix](opened, shown)
+        yield from READERS[suffix](unpacked(stream, packed, shown), shown)
