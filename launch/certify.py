@@ -1,4 +1,4 @@
-"""`rlhf certify`: starts certify/main.py, on one rank or several: torch is loaded there."""
+"""`rlhf certify`: starts rlhf/certify/main.py, on one rank or several: torch is loaded there."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from launch.ports import free_port
 from launch.spec import PROJECT_ROOT
 from launch.torchrun import RUN
 
-SCRIPT = PROJECT_ROOT / "certify" / "main.py"
+SCRIPT = PROJECT_ROOT / "rlhf" / "certify" / "main.py"
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of certify/main.py: 0 if every check holds, 1 if not, 2 bad usage."""
+    """The exit code of rlhf/certify/main.py: 0 if every check holds, 1 if not, 2 bad usage."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     made.add_argument("--num-gpus", "--processes", type=int, default=1, dest="ranks", metavar="N")
     flags, rest = made.parse_known_args(list(argv))

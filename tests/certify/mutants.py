@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify import pipeline
-from certify.check import Check
-from certify.run import QUICK, checks
 from rlhf.algo import advantages, algorithms, kl, losses, masking, rewards
+from rlhf.certify import pipeline
+from rlhf.certify.check import Check
+from rlhf.certify.run import QUICK, checks
 from rlhf.engine import comm
 from rlhf.engine.train import FrozenEngine, TrainEngine
 from rlhf.models import causal, scalar

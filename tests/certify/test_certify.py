@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from certify.check import Check
-from certify.exact import best_of_n
-from certify.problem import EOS, divergence, group_fixed_point, make_problem
+from rlhf.certify.check import Check
+from rlhf.certify.exact import best_of_n
+from rlhf.certify.problem import EOS, divergence, group_fixed_point, make_problem
 from tests.certify.mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +45,10 @@ def test_a_planted_bug_is_seen(bug: str) -> None:
 def test_a_failed_check_is_exit_code_1() -> None:
     code = (
         "import os, sys\n"
-        "from certify.check import Check\n"
-        "import certify.main as m, certify.exact as e\n"
+        "from rlhf.certify.check import Check\n"
+        "import rlhf.certify.main as m, rlhf.certify.exact as e\n"
         "e.estimators = lambda: iter([Check('one', 1.0, 1.0), Check('two', 2.0, 1.0)])\n"
-        "import certify.run as r\n"
+        "import rlhf.certify.run as r\n"
         "r.checks = lambda *a, **k: e.estimators()\n"
         "sys.exit(m.main([]))"
     )

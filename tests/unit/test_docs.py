@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from certify import main as certify
 from launch import evaluation, plan_command
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
+from rlhf.certify import main as certify
 from rlhf.config.keys import lookup, sections
 from rlhf.config.load import load_config, parse_overrides, with_values
 from rlhf.config.schema import RunConfig

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify.problem import VOCAB, Problem, divergence, group_fixed_point
 from rlhf.algo import losses, rewards
 from rlhf.algo.algorithms import ALGORITHMS
+from rlhf.certify.problem import VOCAB, Problem, divergence, group_fixed_point
 
 SAMPLES, GROUP, CLIP = 512, 4, 0.2
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify.check import Check
-from certify.engine import GROUP, LETTERS, all_answers, answer_log_probs, settings, trainer
-from certify.problem import EOS, Problem, divergence, group_fixed_point, make_problem
 from rlhf.algo.kl import FixedKL
+from rlhf.certify.check import Check
+from rlhf.certify.engine import GROUP, LETTERS, all_answers, answer_log_probs, settings, trainer
+from rlhf.certify.problem import EOS, Problem, divergence, group_fixed_point, make_problem
 from rlhf.data.batches import collate_prompts
 from step3_ppo.answers import answer_ids
 from step3_ppo.experience import answer_scores, answer_values, generate, reward, score

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from certify.check import Check
 from rlhf.algo import losses, rewards
 from rlhf.algo.advantages import whiten
 from rlhf.algo.masking import AllReduce
+from rlhf.certify.check import Check
 
 
 def estimators() -> Iterator[Check]:

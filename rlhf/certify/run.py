@@ -9,9 +9,9 @@ from typing import TextIO
 
 import torch
 
-from certify import exact, pipeline, reward_model, tabular
-from certify.check import Check
-from certify.problem import make_problem
+from rlhf.certify import exact, pipeline, reward_model, tabular
+from rlhf.certify.check import Check
+from rlhf.certify.problem import make_problem
 from rlhf.engine import comm
 
 # What a full run and a quick one spend: iterations of tables, of the engine, steps of step 2.

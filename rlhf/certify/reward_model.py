@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from certify.check import Check
-from certify.engine import scalar_model
-from certify.problem import PAD, Problem, make_problem
+from rlhf.certify.check import Check
+from rlhf.certify.engine import scalar_model
+from rlhf.certify.problem import PAD, Problem, make_problem
 from rlhf.config.schema import EngineConfig, OptimConfig
 from rlhf.data.batches import collate_pairs
 from rlhf.engine.train import TrainEngine

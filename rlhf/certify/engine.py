@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from certify.problem import EOS, PAD, VOCAB, Problem
+from rlhf.certify.problem import EOS, PAD, VOCAB, Problem
 from rlhf.config.schema import EngineConfig, OptimConfig, RunConfig
 from rlhf.engine.train import FrozenEngine, TrainEngine
 from rlhf.models.causal import CausalModel

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries print what they like, from their import on; stdout has our lines alone.
     lines = os.dup(1)
     os.dup2(2, 1)
-    from certify.run import run
+    from rlhf.certify.run import run
 
     with open(lines, "w", encoding="utf-8") as console:
         return run(
