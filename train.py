@@ -87,6 +87,8 @@ def show_checks(options: Options, plan: Plan, found: Found) -> None:
         checks = [vars(check) for check in found.checks]
         print(json.dumps(redact_tree({**plan_json(plan), "checks": checks}), indent=2))
         return
+    for line in found.looked.files:
+        print(redact(f"file     {line}"))
     for item in plan.steps:
         if lines := [] if item.done else found.looked.lines(item.step):
             print(redact("\n".join([f"rows     of step {item.step}", *lines])))

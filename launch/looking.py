@@ -32,6 +32,7 @@ class Looked:
     judge: list[Check] = field(default_factory=list)
     sources: list[dict[str, Any]] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
     def lines(self, step: int) -> list[str]:
         """The preview of a step's rows."""
@@ -44,7 +45,7 @@ def look(plan: Plan, *, download: bool = False) -> Looked:
     with ThreadPoolExecutor(2) as pool:
         judge = pool.submit(_judge, plan)
         data = look_at_data(plan, download=download)
-        return Looked(data.data, judge.result(), data.sources, data.stages)
+        return Looked(data.data, judge.result(), data.sources, data.stages, data.files)
 
 
 def look_at_data(plan: Plan, *, download: bool = False) -> Looked:
@@ -65,7 +66,9 @@ def look_at_data(plan: Plan, *, download: bool = False) -> Looked:
             Check(f"data {one['name']}", "ok", f"{_rows(one)}, {str(one['fingerprint'])[:12]}")
             for one in answer.get("sources", [])
         ]
-    return Looked(checks, [], answer.get("sources"), answer.get("stages", []))
+    return Looked(
+        checks, [], answer.get("sources"), answer.get("stages", []), answer.get("files", [])
+    )
 
 
 def _rows(source: dict[str, Any]) -> str:

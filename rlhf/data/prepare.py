@@ -6,9 +6,10 @@ unique contents and so agree on the split.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf import stall
@@ -23,7 +24,7 @@ from rlhf.data.sources.base import NoPreference, Row, sha256
 from rlhf.data.split import Assignment, Keys, assign, draw
 from rlhf.data.templates import render
 from rlhf.data.tokenizers import Encoder, fingerprint
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     import datasets
@@ -132,6 +133,55 @@ def prepare(
     report.notes = _notes(sets)  # of the files as they lie now; the cache knows their content only
     _check(request, report)
     return StageData(dataset, report, info["fingerprint"], HeldOut(**info["held_out"]))
+
+
+@dataclass(frozen=True)
+class Share:
+    """A step's rows before they are tokenised: the report on all rows that were read, how many rows
+    the step trains on, and what is held out."""
+
+    report: DataReport
+    training: int
+    held_out: HeldOut
+
+
+def survey(
+    data: DataConfig,
+    sets: Sequence[DataSet],
+    maker: SampleMaker,
+    steps: Sequence[tuple[int, str, bool]],
+    seed: int,
+) -> Iterator[Share | UserError]:
+    """What `prepare` will give each of the steps (step, response column, needs margins), without a
+    tokenizer: rows that only turn out too long once they are tokenised still count.
+
+    Yields the error that `prepare` would raise in the place of a step that has no rows. Raises
+    UserError for data that cannot be read.
+    """
+    whole = DataReport()
+    limits = Limits(0, None, data.long_prompts, data.multi_turn)
+    rows, keys = _read(data, sets, maker, lambda row: row, whole)
+    assigned = assign(keys, data.split, data.eval_fraction, seed)
+    for step, response_column, margins in steps:
+        report = copy.deepcopy(whole)
+        request = _Request(data, step, seed, limits, response_column, margins, "train")
+        held = replace(request, split="eval")
+        try:
+            used = _usable(_select(request, rows, assigned, report), request, report)
+            report.kept = len(used)
+            _check(request, report)
+            aside = DataReport()
+            selected = _select(held, rows, assigned, aside)
+            kept = _usable(selected, held, aside)
+            aside.check(data.max_bad_rows)
+            if not kept and not selected:
+                _check_asked_for(held, keys, assigned, aside)
+        except UserError as error:
+            yield error
+            continue
+        prompts = {sample.prompt_key for sample, _ in kept}
+        held_out = HeldOut(len(kept), len(prompts), len(prompts & assigned.trained))
+        yield Share(report, len(used), held_out)
 
 
 def brings_held_out(data_set: DataSet) -> bool:

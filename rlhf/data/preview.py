@@ -7,6 +7,7 @@ with its `exit_code`: 0, 2 (a setting is wrong) or 3 (data is absent or cannot b
     problems  [{"what": ..., "found": ..., "remedy": ..., "exit_code": 2 or 3}]
     sources   [{"name": ..., "fingerprint": ..., "rows": N or null}]: the content, by data set
     notes     [text]: what was not looked at, and why
+    files     [text]: each file with its rows and whether they are held out
 
 It imports no torch. Hub data that is not in the local cache is not fetched unless `--download` is
 given, which is what a run does.
@@ -21,6 +22,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,20 @@ from rlhf.config.names import hub_dataset
 from rlhf.config.schema import DataConfig, ResolvedStep
 from rlhf.data.decision import UNKNOWN, Template, stage_templates
 from rlhf.data.encode import needed_answers
+from rlhf.data.prepare import survey
 from rlhf.data.sample import ANSWERS, Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import SOURCES, BadRow, DataSet, Part, Row, gathered, kind_of
 from rlhf.data.sources.base import NoPreference
 from rlhf.data.templates import TEMPLATES, Messages, sandbox_render
+from rlhf.data.typed import unguarded
 from rlhf.errors import UserError
 from rlhf.redact import redact
 
 FIRST_ROWS = 20
 SHOWN_ROWS = 2
+SHOWN_CHARACTERS = 200
+NONE_USABLE = "step {} can use none of the first rows"
 # Rows are counted where that takes no more than a second or two.
 COUNTED_BYTES = 64 * 10**6
 
@@ -58,6 +64,7 @@ class Preview:
     problems: list[Problem] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -78,9 +85,11 @@ def look(stages: Sequence[ResolvedStep], download: bool = False) -> Preview:
         templates = stage_templates(stages, sets) if sets else templates
     except UserError as error:
         refused = error
-    for stage, template in zip(stages, templates, strict=True):
-        lines = _stage(stage, sets, template, found)
+    rows = [_stage(*both, found) for both in zip(stages, repeat(sets), templates, strict=False)]
+    counted = _surveyed(stages, sets, templates, found)
+    for stage, template, lines in zip(stages, templates, rows, strict=True):
         said = [f"chat template: {template.sentence}"] if template else []
+        said += counted.get(stage.step, [])
         found.stages.append({"step": stage.step, "lines": [*said, *lines]})
     if refused is not None:  # last: of a fault of the rows the stage knows the remedy
         _add(found, Problem("data.template", str(refused), "", refused.exit_code))
@@ -90,6 +99,7 @@ def look(stages: Sequence[ResolvedStep], download: bool = False) -> Preview:
 def _opened(data: DataConfig, download: bool, found: Preview) -> list[DataSet]:
     """The data sets that can be opened; those that cannot become problems, each by its path."""
     sets: list[DataSet] = []
+    counts: dict[str, int | None] = {}
     for path in data.path:
         hub = hub_dataset(path) if kind_of(path) == "hub" else None
         if hub and not download and not is_cached("datasets", hub):
@@ -108,17 +118,67 @@ def _opened(data: DataConfig, download: bool, found: Preview) -> list[DataSet]:
             continue
         sets.append(one)
         rows = [_rows_of(part) for part in one.parts]
+        counts |= {part.name: count for part, count in zip(one.parts, rows, strict=True)}
         count = None if None in rows else sum(row for row in rows if row is not None)
         found.sources.append({"name": redact(path), "fingerprint": one.fingerprint, "rows": count})
     if len(sets) == len(data.path):  # else it is not known whether there is anything to train on
         sets = gathered(sets, data)
     found.notes += [note for one in sets for note in one.notes]
+    for part in (part for one in sets for part in one.parts):
+        count = counts[part.name]
+        told = "rows not counted" if count is None else f"{count:,} rows"
+        found.files.append(f"{part.name}: {told}, {'held out' if part.held_out else 'training'}")
     return sets
 
 
-def _rows_of(part: Part) -> int | None:
+def _surveyed(
+    stages: Sequence[ResolvedStep],
+    sets: Sequence[DataSet],
+    templates: Sequence[Template | None],
+    found: Preview,
+) -> dict[int, list[str]]:
+    """Step -> how its rows are read and split; a problem where a step would have none.
+
+    Large data is left to the steps themselves.
+    """
+    large = [part.name for one in sets for part in one.parts if _is_large(part)]
+    if large or not sets or len(found.sources) < len(stages[0].config.data.path):
+        found.notes += [f"{name}: over {COUNTED_BYTES // 10**6} MB, not counted" for name in large]
+        return {}
+    data = stages[0].config.data
+    asked = [
+        (
+            stage.step,
+            stage.config.step1.response_column,
+            stage.step == 2 and stage.config.step2.margin == "column",
+        )
+        for stage in stages
+    ]
+    lines: dict[int, list[str]] = {}
+    try:
+        maker = _maker(data, templates[0])
+        shares = list(survey(data, sets, maker, asked, stages[0].config.seed))
+    except UserError:
+        return {}  # of the first rows too: told there, with a remedy
+    for stage, share in zip(stages, shares, strict=True):
+        if isinstance(share, UserError):
+            if not any(NONE_USABLE.format(stage.step) in one.found for one in found.problems):
+                _add(found, Problem("data", str(share), "", share.exit_code))
+            continue
+        told = f"{share.training:,} training rows; {share.held_out.line()}"
+        if not share.held_out.rows and stage.step == 3:
+            told += ", and there is no verdict"
+        lines[stage.step] = [told, *share.report.lines()]
+    return lines
+
+
+def _is_large(part: Part) -> bool:
     place = Path(part.name)
-    if place.is_file() and place.stat().st_size > COUNTED_BYTES:
+    return place.is_file() and place.stat().st_size > COUNTED_BYTES
+
+
+def _rows_of(part: Part) -> int | None:
+    if _is_large(part):
         return None
     try:
         return sum(1 for _ in part.rows())
@@ -166,7 +226,7 @@ def _part(
                 reasons.append((where, str(reason)))
             else:
                 made += 1
-                lines += _shown(sample) if made <= SHOWN_ROWS else []
+                lines += _shown(sample, stage) if made <= SHOWN_ROWS else []
     except UserError as error:
         _add(found, Problem("data.path", str(error), "", error.exit_code))
         return []
@@ -197,7 +257,7 @@ def _unusable(
     where, reason = first
     mapping = stage.config.data.columns
     absent = [key for key, column in mapping.items() if column not in columns]
-    found = f"step {stage.step} can use none of the first rows: {where}: {reason}"
+    found = f"{NONE_USABLE.format(stage.step)}: {where}: {reason}"
     if not columns:
         return Problem("data.path", found, "mend the file", 3)
     if absent:
@@ -210,17 +270,37 @@ def _unusable(
     ours = next((key for key, column in mapping.items() if column == missing), missing)
     free = [name for name in columns if name not in mapping.values()]
     close = nearest(missing, free) if missing else []
+    if ours in ("chosen", "rejected"):
+        remedy = (
+            "step 2 needs pairs: name the columns of both answers (data.columns.chosen=COLUMN "
+            "data.columns.rejected=COLUMN), bring such rows, or run --step 1 alone"
+        )
+        return Problem("data.columns", found, remedy, 3)
     if not ours or "is missing" not in reason:
-        return Problem("data.columns", found, "map the columns with data.columns.NAME=COLUMN", 3)
+        return Problem("data", found, "mend these rows (docs/data.md says what is read)", 3)
     remedy = f"say which column it is: data.columns.{ours}={close[0] if close else 'COLUMN'}"
     return Problem("data.columns", found, remedy, 3)
 
 
-def _shown(sample: Sample) -> Iterator[str]:
-    yield f"  prompt   {sample.prompt[-200:]!r}"
-    for name in ANSWERS:
-        if text := getattr(sample, name):
-            yield f"  {name:8} {text[:200]!r}"
+def _shown(sample: Sample, stage: ResolvedStep) -> Iterator[str]:
+    """What the step reads of a row, what it learns from, and where EOS is put."""
+    learned = stage.step == 1 and stage.config.step1.prompt_loss
+    yield f"  prompt   {_short(sample.prompt)}  [{'learned too' if learned else 'read'}]"
+    names = needed_answers(stage.step, stage.config.step1.response_column, sample)
+    for name in names:
+        use = "learned" if stage.step == 1 else "scored"
+        yield f"  {name:8} {_short(getattr(sample, name) or '')} + EOS  [{use}]"
+    if not names:
+        yield "  answer   the policy writes it"
+
+
+def _short(text: str) -> str:
+    """Quoted; of a long text the beginning and the end."""
+    text = unguarded(text)
+    if len(text) <= SHOWN_CHARACTERS:
+        return repr(text)
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]!r} ...{len(text) - 2 * half} characters... {text[-half:]!r}"
 
 
 def _maker(data: DataConfig, template: Template | None) -> SampleMaker:

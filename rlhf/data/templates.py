@@ -6,6 +6,7 @@ A template begins with the bos token exactly where the tokenizer itself would pu
 
 from __future__ import annotations
 
+import functools
 import json
 from datetime import datetime
 from typing import Any
@@ -129,11 +130,9 @@ def template_bos(tokenizer: Any, text: str) -> str:
     return bos if bos and rendered.startswith(bos) else ""
 
 
-def sandbox_render(text: str, messages: Messages, generate: bool = True, tools: Any = None) -> str:
-    """`render` without a tokenizer: bos and eos are empty.
-
-    As transformers does it, in Jinja's sandbox. Raises jinja2.TemplateError.
-    """
+@functools.lru_cache(maxsize=32)
+def _compiled(text: str) -> jinja2.Template:
+    """In Jinja's sandbox, as transformers does it."""
 
     def refuse(reason: str) -> None:
         raise jinja2.TemplateError(reason)
@@ -144,8 +143,13 @@ def sandbox_render(text: str, messages: Messages, generate: bool = True, tools: 
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(text)
+
+
+def sandbox_render(text: str, messages: Messages, generate: bool = True, tools: Any = None) -> str:
+    """`render` without a tokenizer: bos and eos are empty. Raises jinja2.TemplateError."""
     try:
-        return environment.from_string(text).render(
+        return _compiled(text).render(
             messages=messages,
             add_generation_prompt=generate,
             bos_token="",
