@@ -99,6 +99,7 @@ def look(stages: Sequence[ResolvedStep], download: bool = False) -> Preview:
 def _opened(data: DataConfig, download: bool, found: Preview) -> list[DataSet]:
     """The data sets that can be opened; those that cannot become problems, each by its path."""
     sets: list[DataSet] = []
+    counts: dict[str, int | None] = {}
     for path in data.path:
         hub = hub_dataset(path) if kind_of(path) == "hub" else None
         if hub and not download and not is_cached("datasets", hub):
@@ -117,16 +118,16 @@ def _opened(data: DataConfig, download: bool, found: Preview) -> list[DataSet]:
             continue
         sets.append(one)
         rows = [_rows_of(part) for part in one.parts]
-        found.files += [
-            f"{part.name}: {'rows not counted' if count is None else f'{count:,} rows'}, "
-            f"{'held out' if part.held_out else 'training'}"
-            for part, count in zip(one.parts, rows, strict=True)
-        ]
+        counts |= {part.name: count for part, count in zip(one.parts, rows, strict=True)}
         count = None if None in rows else sum(row for row in rows if row is not None)
         found.sources.append({"name": redact(path), "fingerprint": one.fingerprint, "rows": count})
     if len(sets) == len(data.path):  # else it is not known whether there is anything to train on
         sets = gathered(sets, data)
     found.notes += [note for one in sets for note in one.notes]
+    for part in (part for one in sets for part in one.parts):
+        count = counts[part.name]
+        told = "rows not counted" if count is None else f"{count:,} rows"
+        found.files.append(f"{part.name}: {told}, {'held out' if part.held_out else 'training'}")
     return sets
 
 
@@ -141,7 +142,7 @@ def _surveyed(
     Large data is left to the steps themselves.
     """
     large = [part.name for one in sets for part in one.parts if _is_large(part)]
-    if large or not sets or len(sets) < len(stages[0].config.data.path):
+    if large or not sets or len(found.sources) < len(stages[0].config.data.path):
         found.notes += [f"{name}: over {COUNTED_BYTES // 10**6} MB, not counted" for name in large]
         return {}
     data = stages[0].config.data

@@ -92,10 +92,11 @@ def test_shared_eval_answers(tmp_path: Path) -> None:
 
 def test_the_preview_shows_its_rows_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "eval_answers.jsonl"
-    write_jsonl(path, [pair(i) for i in range(9)])
+    write_jsonl(path, [pair(i) for i in range(300)])
     found = look([_stage(path)])
     assert found.problems == []
     assert any("its name says" in note for note in found.notes)
+    assert found.files == [f"{path}: 300 rows, training"]
     assert f"{path}: the first rows for step 1" in found.stages[0]["lines"]
 
 
