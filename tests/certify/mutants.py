@@ -377,6 +377,7 @@ def one(name: str, seed: int) -> str:
 
 def main() -> int:
     made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("names", nargs="*", help="which bugs; without any, all")
     made.add_argument("--one", choices=["clean", *MUTANTS])
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--clean", type=int, default=0, metavar="N", help="clean runs, no bugs")
@@ -384,7 +385,9 @@ def main() -> int:
     if flags.one:
         print("RESULT", one(flags.one, flags.seed), flush=True)
         return 0
-    runs = [("clean", seed) for seed in range(flags.clean)] or [(name, 0) for name in MUTANTS]
+    runs = [("clean", seed) for seed in range(flags.clean)] or [
+        (name, 0) for name in flags.names or MUTANTS
+    ]
     caught = 0
     for name, seed in runs:
         began = time.monotonic()

@@ -177,7 +177,8 @@ def test_printed_yaml_is_the_same_configuration(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     at = lines.index("    kl_coef: 0.05")
     assert (
-        lines[at - 1] == "    # Weight of the KL penalty in the reward (first value if adaptive)."
+        lines[at - 1]
+        == "    # Weight of the KL to the reference (first value if adaptive); 0: none."
     )
     assert set(flatten(yaml.safe_load(path.read_text()))) == set(flatten(config.model_dump()))
 
