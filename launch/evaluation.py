@@ -85,6 +85,8 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
     for name in ("judge", "prompts"):
         if getattr(flags, name) is not None:
             asked[f"step3.eval.{name}"] = getattr(flags, name)
+    if "data.path" in asked:  # nothing trains on it: all of its prompts are held out
+        asked.setdefault("data.eval_fraction", 1.0)
     return flags, asked
 
 

@@ -1,7 +1,7 @@
 """A problem so small that everything about it can be computed: all answers, their rewards, optima.
 
 Eight tokens; an answer ends at EOS or at the limit. With reward r and coefficient beta the optimum
-of E[r] - beta KL(policy || reference) is pi* = reference * exp(r / beta) / Z (ALGORITHM.md 44).
+of E[r] - beta KL(policy || reference) is pi* = reference * exp(r / beta) / Z (docs/certificate.md).
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_kl_loss_by_hand() -> None:
     log_probs = torch.tensor([[0.5, 0.25]]).log().requires_grad_()
     reference = torch.tensor([[0.25, 0.5]]).log()
     mask = torch.ones(1, 2, dtype=torch.bool)
-    loss, stats = kl_loss(log_probs, reference, mask)
+    loss, stats = kl_loss(log_probs, reference, mask, "k3")
     assert loss.item() == pytest.approx(0.5 - 1 + math.log(2) + 2 - 1 - math.log(2))
     assert stats["tokens"].item() == 2
     loss.backward()

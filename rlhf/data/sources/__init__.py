@@ -50,7 +50,8 @@ def open_data_sets(data: DataConfig) -> list[DataSet]:
 def gathered(opened: Iterable[DataSet], data: DataConfig) -> list[DataSet]:
     """The data sets of all paths: those of one name are one, in the order of their content.
 
-    Where nothing at all would be trained on, what names alone made held out is training data.
+    Where nothing at all would be trained on, what names alone made held out is training data; not
+    with `data.eval_fraction` 0, where nothing else could be held out.
     """
     groups: dict[str, DataSet] = {}
     for one in opened:
@@ -59,7 +60,7 @@ def gathered(opened: Iterable[DataSet], data: DataConfig) -> list[DataSet]:
         notes = dict.fromkeys((*known.notes, *one.notes))
         groups[one.name] = replace(known, parts=tuple(parts.values()), notes=tuple(notes))
     sets = list(groups.values())
-    if all(part.held_out for one in sets for part in one.parts):
+    if data.eval_fraction and all(part.held_out for one in sets for part in one.parts):
         sets = [_trained(one, data) for one in sets]
     return sorted(sets, key=lambda one: one.fingerprint)
 
