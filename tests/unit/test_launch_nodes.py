@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from launch import accelerate, heartbeat, ranks, slurm, slurm_job
+from launch import accelerate, heartbeat, probe, ranks, slurm, slurm_job
 from launch.checks import problem
 from launch.devices import place
 from launch.forward import check_forward, deepspeed_may_see, env_file, forwarded, is_allowed
-from launch.hostcheck import host_checks
+from launch.hostcheck import host_checks, same_machine
 from launch.launchers import build_spec
 from launch.nodes import prepared, private_file, with_variables
 from launch.options import parse_options
@@ -466,3 +466,19 @@ def test_each_check_can_fail(
 def plan_of(hostfile: Path, tmp_path: Path) -> Plan:
     flags = ["--deployment-type", "multi_node", "--hostfile", str(hostfile)]
     return make_plan(parse_options([*flags, "--output-dir", str(tmp_path), "--name", "r"], {}))
+
+
+def test_one_machine_under_two_names() -> None:
+    """Containers share a boot and are hosts of their own; what cannot be known is not compared."""
+    here = probe.machine()
+    assert here == probe.machine()
+    one = {"machine": here, "hostname": "node1"}
+    other = {"machine": [here[0], "net:[1]", here[2]], "hostname": "node2"}
+    unknown = {"machine": None, "hostname": "node3"}
+    lost = {"error": "no answer"}
+    fine = same_machine({"a": one, "b": other, "c": unknown, "d": unknown, "e": lost})
+    assert fine.state == "ok"
+    found = same_machine({"a": one, "b": other, "a.example": one})
+    assert found.state == "FAIL"
+    assert found.exit_code == 2
+    assert "a and a.example are one machine (node1)" in found.found
