@@ -110,6 +110,33 @@ def test_a_driver_that_is_told_to_stop_saves(
 LIMIT = 3_850_000_000  # bytes of address space: 64 rows take 4.3e9, 32 take 3.4e9
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_rank_that_is_stopped_is_named(root: Path, whole: Path, count: int) -> None:
+    """SIGSTOP to the only process, or to one of two that the other waits for: the run ends with the
+    cause, a checkpoint is saved, the same command goes on."""
+    name, flags = f"stopped{count}", ("--num-gpus", str(count), "launch.stall_timeout=16")
+    process = start(root, name, *flags)
+    step_dir = root / name / "step1_sft"
+    wait_for_steps(process, step_dir, 4)
+    ranks = [pid for pid in descendants(process.pid) if is_rank(pid)]
+    assert len(ranks) == count
+    os.kill(ranks[-1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    assert f"The driver ended the step: rank {count - 1} (process {ranks[-1]}) stood still" in err
+    assert "stopped from outside (SIGSTOP or a debugger; state T in /proc)" in err
+    assert "memory" not in err
+    (saved,) = checkpoints(step_dir / "resume")
+    assert f"Saved: {saved}; the same command goes on from there" in err
+    again = start(root, name, *flags)
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert f"going on from {saved.name}" in out
+    if count == 2:
+        assert digests(step_dir) == digests(whole)
+        assert figures(step_dir) == figures(whole)
+
+
 def test_auto_batch_finds_what_fits(root: Path) -> None:
     """--auto-batch with a real lack of memory: the kernel refuses a rank its pages, torch says so,
     and the same optimiser step goes through in halves."""
