@@ -13,16 +13,18 @@ from launch.spec import Placement, check_even
 from rlhf.lifeline import BEAT_FILE, ENDED, STOP
 
 SIGNAL_SECONDS = 120  # before the time limit; Slurm may be a minute early
-# What follows the variables in job.sbatch. Slurm tells the script (USR1) or, where it preempts with
-# a grace time, the ranks themselves (TERM) that the job has to go. The ranks save together and end
-# with 143; the script puts the job back into the queue, where the driver lives and did not ask for
-# the end itself.
+# What follows the variables in job.sbatch. Slurm tells the script (USR1: the time limit) or, where
+# it preempts with a grace time, the ranks themselves (TERM) that the job has to go. The ranks save
+# together and end with 143; the script puts the job back into the queue, unless the driver is gone
+# or has asked for the end itself.
 ENDING = Template(
     """\
 attempt=$${SLURM_RESTART_COUNT:-0}
 idle=$logs/slurm-$$SLURM_JOB_ID.idle
 newest() { ls -d $resume/step-* 2>/dev/null | tail -n 1; }
-running() { scontrol show job -o "$$SLURM_JOB_ID" | grep -q "JobState=RUNNING"; }
+fields() { scontrol show job -o "$$SLURM_JOB_ID" | tr ' ' '\\n'; }
+told() { [ "$$warned" ] || fields | grep -q "^PreemptTime=[0-9]"; }
+running() { fields | grep -qx "JobState=RUNNING"; }  # not cancelled
 driven() {  # the driver counts in this file; it lives where the count goes on
   before=$$(cat $beat 2>/dev/null) || return 1
   for i in 1 2 3 4 5 6 7 8 9 10; do
@@ -34,31 +36,29 @@ driven() {  # the driver counts in this file; it lives where the count goes on
   return 1
 }
 saved=$$(newest)
-trap 'scancel --signal=TERM "$$SLURM_JOB_ID"' USR1  # all ranks, not this script
+warned=
+trap 'warned=1; scancel --signal=TERM "$$SLURM_JOB_ID"' USR1  # all ranks, not this script
 # One task that fails ends the others; --export=ALL is this script's environment.
 srun --kill-on-bad-exit=1 --export=ALL --output=$logs/slurm-$$SLURM_JOB_ID.attempt$$attempt.out \
   $command &
 step=$$!
+while kill -0 "$$step" 2>/dev/null; do wait "$$step" || true; done  # a signal ends a wait
 code=0
 wait "$$step" || code=$$?
-while kill -0 "$$step" 2>/dev/null; do  # a signal ends the first wait
-  code=0
-  wait "$$step" || code=$$?
-done
-if [ "$$code" -eq 143 ] && running && driven; then
-  # Twice without a checkpoint of its own: a longer --time is needed, not another attempt.
+case $$code in 138|143) if told && running && driven; then
+  # Twice without a checkpoint of its own: it needs more time, not another attempt.
   if [ "$$(newest)" != "$$saved" ]; then
     rm -f "$$idle"
   elif [ -e "$$idle" ]; then
     echo "job $$SLURM_JOB_ID: two attempts in a row had to end before they saved anything: not" \
-      "requeued; give the job more time (--launcher-args=--time=...)"
+      "requeued. Give it more time: --launcher-args=--time=..."
     exit "$$code"
   else
     touch "$$idle"
   fi
-  echo "job $$SLURM_JOB_ID: attempt $$attempt was told to end and has saved; requeued"
+  echo "job $$SLURM_JOB_ID: attempt $$attempt had to end; requeued"
   scontrol requeue "$$SLURM_JOB_ID" && sleep 60  # Slurm ends this script
-fi
+fi ;; esac
 exit "$$code"
 """
 )

@@ -70,7 +70,7 @@ def supervise(
 
     The guard that sees to it has the descriptors `keep` open until then, the command has not.
 
-    Call from the main thread: it takes SIGINT, SIGTERM, SIGHUP and SIGUSR1 meanwhile. The first one asks the
+    Call from the main thread: it takes the signals of _FORWARDED meanwhile. The first one asks the
     command's processes to end and they are killed after `grace` seconds; a second one kills now.
     With a heart (processes on other nodes) the first one reaches all ranks through it, so that all
     save together; it ends the launcher when their time is over.
