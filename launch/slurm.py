@@ -39,7 +39,7 @@ saved=$$(newest)
 warned=
 trap 'warned=1; scancel --signal=TERM "$$SLURM_JOB_ID"' USR1  # all ranks, not this script
 # One task that fails ends the others; --export=ALL is this script's environment.
-srun --kill-on-bad-exit=1 --export=ALL --output=$logs/slurm-$$SLURM_JOB_ID.attempt$$attempt.out \
+srun --kill-on-bad-exit=1 --export=ALL --output=$logs/slurm-$$SLURM_JOB_ID.attempt$$attempt.out \\
   $command &
 step=$$!
 while kill -0 "$$step" 2>/dev/null; do wait "$$step" || true; done  # a signal ends a wait
@@ -50,7 +50,7 @@ case $$code in 138|143) if told && running && driven; then
   if [ "$$(newest)" != "$$saved" ]; then
     rm -f "$$idle"
   elif [ -e "$$idle" ]; then
-    echo "job $$SLURM_JOB_ID: two attempts in a row had to end before they saved anything: not" \
+    echo "job $$SLURM_JOB_ID: two attempts in a row had to end before they saved anything: not" \\
       "requeued. Give it more time: --launcher-args=--time=..."
     exit "$$code"
   else

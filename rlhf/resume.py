@@ -71,7 +71,9 @@ class Keeper:
         self._integrity = None
         if self.settings.check_every:
             averages = {n: p for n, p in self.parts.items() if isinstance(p, WeightEMA)}
-            self._integrity = Integrity(self.engines, frozen or {}, run.say, averages)
+            self._integrity = Integrity(
+                self.engines, frozen or {}, lambda text: run.say(text), averages
+            )
 
     def restore(self) -> dict[str, Any]:
         """The loop's state at the newest checkpoint that verifies; {} where there is none.

@@ -80,7 +80,7 @@ def test_a_killed_rank_is_started_again(root: Path, whole: Path) -> None:
     assert figures(step_dir) == figures(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_driver_that_is_told_to_stop_saves(
     root: Path, whole: Path, number: signal.Signals
 ) -> None:
