@@ -22,7 +22,6 @@ ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL",
     "DEADLINE", "PREEMPTED", "REVOKED",
 }  # fmt: skip
-MAY_RETURN = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 POLL_SECONDS = 1.0
 REQUEUE_POLLS = 10
 
@@ -101,8 +100,9 @@ def wait(job: str, logs: Path) -> int:
             print(f"slurm job {job}: {state.lower()}{why}", flush=True)
             shown = state
         ended = ended + 1 if state in ENDED else 0
-        # Slurm may say so for a moment of a job that it requeues.
-        if ended > (REQUEUE_POLLS if state in MAY_RETURN and fields.get("Requeue") == "1" else 0):
+        # Of a job that it requeues, Slurm says for a moment that it failed or was preempted.
+        patient = state != "COMPLETED" and fields.get("Requeue") == "1"
+        if ended > (REQUEUE_POLLS if patient else 0):
             code, _, number = fields.get("ExitCode", "1:0").partition(":")
             if state == "COMPLETED" and (code, number) == ("0", "0"):
                 return 0

@@ -268,8 +268,8 @@ def test_a_job_that_is_requeued_is_followed(tmp_path: Path) -> None:
     (logs / "rank1.failure.json").write_text('{"rank": 1}')
     for attempt in (0, 1):
         (logs / f"slurm-42.attempt{attempt}.out").write_text(f"words of attempt {attempt}\n")
-    told = ["RUNNING Restarts=0", "PREEMPTED Restarts=0", "PENDING Restarts=1",
-            "RUNNING Restarts=1", "COMPLETED Restarts=1"]  # fmt: skip
+    told = ["RUNNING Restarts=0", "PREEMPTED Restarts=0", "FAILED Restarts=1",
+            "PENDING Restarts=1", "RUNNING Restarts=1", "COMPLETED Restarts=1"]  # fmt: skip
     (tmp_path / "states").write_text("\n".join(told) + "\n")
     tools = {
         "sbatch": "echo 42\n",
