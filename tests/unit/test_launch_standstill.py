@@ -23,6 +23,13 @@ from tests.unit.test_launch_guardless import launcher, pid_of, wait_for
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.fixture(autouse=True)
+def no_rank_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test of this process may have made it rank 0, and its children would inherit that."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def watched(tmp_path: Path, code: str, limit: float, stop: tuple[str, ...]) -> tuple[Outcome, str]:
     """Runs the code, stops the processes that wrote these files; (the outcome, what they are)."""
     spec = LaunchSpec([sys.executable, "-c", code], {}, str(tmp_path), [])
