@@ -90,7 +90,7 @@ def show_checks(options: Options, plan: Plan, found: Found) -> None:
         print(redact(f"file     {line}"))
     for item in plan.steps:
         if lines := [] if item.done else found.looked.lines(item.step):
-            print(redact("\n".join([f"rows     of step {item.step}", *lines])))
+            print(redact("\n".join([f"rows     of {item.stage}", *lines])))
     for line in forced_notes(plan):
         print(redact(line))
     warned = [check for check in found.checks if check.state == "warn"]
@@ -114,19 +114,19 @@ def run_steps(options: Options, plan: Plan, found: Found, lock: int) -> None:
             refuse_changed_data(plan, item, look_at_data(plan).sources)
         launched = True
         print(
-            f"\nstep {item.step} of {options.steps}: DeepSpeed starts; its first line takes some "
+            f"\n{item.stage} of {options.steps}: DeepSpeed starts; its first line takes some "
             "seconds",
             flush=True,
         )
         manifest, outcome = recover.run_step(plan.run, item, found.env, lock)
         print(execute.describe_result(item, manifest, outcome), flush=True)
-        if item.step == 3 and not plan.role:
+        if item.stage.evaluates and not plan.role:
             evaluation.confirm(plan.run, item, outcome)
 
 
 def show_verdict(plan: Plan) -> None:
     """What came of it, for a person."""
-    if any(item.step == 3 for item in plan.steps):
+    if any(item.stage.evaluates for item in plan.steps):
         print(evaluation.verdict_text(plan.run))
     print(f"\nThe run is in {plan.run.path}")
 

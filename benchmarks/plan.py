@@ -134,7 +134,7 @@ def compare(case: Case, allocator: str, *, runs: bool) -> dict[str, Any]:
         place = Path(scratch)
         resolved, shapes = prepare(case, place)
         memory = step_memory(
-            resolved.config, case.step, shapes, Ranks(case.ranks, True, case.ranks)
+            resolved.config, resolved.row, shapes, Ranks(case.ranks, True, case.ranks)
         )
         line: dict[str, Any] = {
             "case": case.name,

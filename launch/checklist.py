@@ -22,6 +22,7 @@ from launch.model_checks import check_models
 from launch.plan import Plan
 from rlhf.errors import UserError
 from rlhf.evaluation.reward_model import PASSES, judge_reward_model
+from rlhf.stages import REWARD, Stage
 from rlhf.store import MANIFEST, read_manifest
 
 Way = Literal["dry-run", "doctor", "run"]
@@ -40,9 +41,9 @@ class Asking:
     looked: Looked = field(default_factory=Looked)
 
     @property
-    def steps(self) -> list[int]:
-        """The steps to run."""
-        return [item.step for item in self.plan.steps if not item.done]
+    def stages(self) -> list[Stage]:
+        """Those to run."""
+        return [item.stage for item in self.plan.steps if not item.done]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def ask_all(plan: Plan, way: Way) -> Found:
     asking = Asking(plan, way)
     checks: list[Check] = []
     for item in CHECKS:
-        if asking.steps or item.always:
+        if asking.stages or item.always:
             try:
                 checks += item.ask(asking)
             except UserError as error:
@@ -90,7 +91,7 @@ def _holds(what: str, call: Callable[[], None]) -> list[Check]:
 
 def _packages(asking: Asking) -> list[Check]:
     plan, models = asking.plan, preflight.needed_models(asking.plan)
-    return _holds("packages", lambda: preflight.check_packages(plan.config, asking.steps, models))
+    return _holds("packages", lambda: preflight.check_packages(plan.config, asking.stages, models))
 
 
 def _trackers(asking: Asking) -> list[Check]:
@@ -103,7 +104,7 @@ def _commands(asking: Asking) -> list[Check]:
 
 def _compiler(asking: Asking) -> list[Check]:
     plan = asking.plan
-    return _holds("compiler", lambda: preflight.check_compiler(plan.config, asking.steps))
+    return _holds("compiler", lambda: preflight.check_compiler(plan.config, asking.stages))
 
 
 def _disk(asking: Asking) -> list[Check]:
@@ -140,7 +141,7 @@ def _reward_model(asking: Asking) -> list[Check]:
     checks = []
     for item in asking.plan.steps:
         for parent in item.parents:
-            if item.done or item.step != 3 or parent.name != "reward" or parent.here:
+            if item.done or parent.name != REWARD.makes or parent.here:
                 continue
             ours = (Path(parent.path) / MANIFEST).is_file()
             judged = judge_reward_model(read_manifest(parent.path).metrics if ours else {})
@@ -161,7 +162,7 @@ def _memory(asking: Asking) -> list[Check]:
             continue
         if item.needs is None:
             checks.append(
-                Check(f"memory for step {item.step}", "warn", f"not planned: {item.not_planned}")
+                Check(f"memory for {item.stage}", "warn", f"not planned: {item.not_planned}")
             )
         else:
             refuse = plan.config.launch.check_memory

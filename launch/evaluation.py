@@ -23,6 +23,7 @@ from launch.options import (
 )
 from launch.plan import Plan, StepPlan, launch_spec
 from launch.supervise import Outcome
+from rlhf import stages
 from rlhf.config.load import build_config, parse_overrides, with_values
 from rlhf.config.resolve import absolute_paths, refuse_redacted
 from rlhf.config.schema import ResolvedStep
@@ -55,8 +56,8 @@ def parse(argv: Sequence[str]) -> tuple[RunDir, StepPlan, bool]:
     run = RunDir(_run_directory(flags.run))
     if not run.artifact("ppo").is_dir():
         raise RequirementError(
-            f"evaluate {flags.run}: step 3 has published nothing in {run.path}: make it with: "
-            f"python train.py --step 3 --name {run.path.name}"
+            f"evaluate {flags.run}: {stages.PPO} has published nothing in {run.path}: "
+            f"make it with: python train.py --step {stages.PPO.number} --name {run.path.name}"
         )
     manifest = prove(run.artifact("ppo"), "ppo", quick=True)
     config = build_config(dict(manifest.config), {"": str(run.artifact("ppo") / MANIFEST)})
@@ -66,14 +67,15 @@ def parse(argv: Sequence[str]) -> tuple[RunDir, StepPlan, bool]:
     refuse_redacted(config)
     placement = place(config.launch)
     resolved = ResolvedStep(
-        step=3,
+        step=stages.PPO.number,
+        stage=stages.PPO.name,
         run_dir=str(run.path),
         world_size=placement.world_size,
         parents=_parents(run, manifest),
         config=config,
     )
     spec = launch_spec(resolved, placement, run, ACT)
-    return run, StepPlan(3, resolved, spec, [], act=ACT), flags.dry_run
+    return run, StepPlan(resolved, spec, [], act=ACT), flags.dry_run
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -117,7 +119,7 @@ def evaluate(run: RunDir, item: StepPlan, env: Mapping[str, str], lock: int) -> 
 
 def make_up(plan: Plan, item: StepPlan, env: Mapping[str, str], lock: int) -> None:
     """Evaluates a step 3 that is done and has no verdict."""
-    print(f"\nstep 3 is done, but {item.unevaluated}: its evaluation starts", flush=True)
+    print(f"\n{item.stage} is done, but {item.unevaluated}: its evaluation starts", flush=True)
     resolved = item.resolved
     spec = launch_spec(resolved, plan.placement, plan.run, ACT)
     evaluate(plan.run, replace(item, act=ACT, spec=spec), env, lock)
@@ -144,14 +146,14 @@ def _confirm(run: RunDir, item: StepPlan, outcome: Outcome, *, fresh: bool) -> N
     found, why = find_evaluation(run)
     if found is not None and fresh:
         return
-    logs = run.logs(3)
+    logs = run.logs(item.stage)
     records = failure.read_records(logs)
     first = records[0] if records else None
     if first is not None and first.remedy == first.message:  # a user's mistake says it all
         why = first.message
     else:
         absent = [] if records else ["rank 0"]
-        why = str(failure.explain(3, outcome, logs, why, absent))
+        why = str(failure.explain(item.stage, outcome, logs, why, absent))
     kept = "the verdict that was there stays" if found is not None else "there is no verdict"
     raise EvaluationFailed(
         f"the evaluation failed: {why}\n"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch import failure, heartbeat, nodes, ranks
-from launch.gate import KINDS, STEP_NAMES
 from launch.plan import StepPlan
 from launch.ports import free_port, port_problem
 from launch.records import record_step
@@ -24,11 +23,10 @@ from launch.standstill import Standstill
 from launch.supervise import GRACE_SECONDS, Outcome, supervise
 from rlhf.errors import ArtifactError, RequirementError
 from rlhf.redact import HIDDEN_SETTINGS
+from rlhf.stages import Stage
 from rlhf.store import MANIFEST, Manifest, RunDir, verify
 from rlhf.store.checkpoints import newest
 from rlhf.store.files import disk_errors, open_own
-
-MEASURED = {1: "perplexity", 2: "accuracy"}
 
 
 class Interrupted(Exception):
@@ -47,7 +45,7 @@ def launch(
     Raises Interrupted, and RequirementError where the disk refuses.
     """
     spec = refresh_port(nodes.with_variables(item.spec, extra_env))
-    logs, before = run.logs(item.step), stamp(run, item.step)
+    logs, before = run.logs(item.stage), stamp(run, item.stage)
     with disk_errors(logs, RequirementError):
         logs.mkdir(parents=True, exist_ok=True)
     if hidden := record_step(run, item, spec):
@@ -74,23 +72,23 @@ def launch(
     if heart:
         outcome = replace(outcome, spread=True, lost=heart.lost or outcome.lost)
     if outcome.interrupted:
-        published = item.act or stamp(run, item.step) != before
-        raise Interrupted(_interruption(run, item.step, bool(published)), outcome.interrupted)
+        published = item.act or stamp(run, item.stage) != before
+        raise Interrupted(_interruption(run, item.stage, bool(published)), outcome.interrupted)
     return outcome
 
 
-def _interruption(run: RunDir, step: int, published: bool) -> str:
+def _interruption(run: RunDir, stage: Stage, published: bool) -> str:
     if published:
-        return f"step {step} is published; the same command goes on with what comes after it"
-    found = newest(run.resume(step))
+        return f"{stage} is published; the same command goes on with what comes after it"
+    found = newest(run.resume(stage))
     if found is None:
-        return f"step {step} had saved nothing: the same command starts it again"
-    return f"step {step} is saved at {found[0]}: the same command goes on from there"
+        return f"{stage} had saved nothing: the same command starts it again"
+    return f"{stage} is saved at {found[0]}: the same command goes on from there"
 
 
 def say_interrupted(item: StepPlan) -> None:
     """Called in a signal handler: writes past Python's buffers, which may be in use."""
-    what = f"the {item.act} is told to" if item.act else f"step {item.step} is told to save and"
+    what = f"the {item.act} is told to" if item.act else f"{item.stage} is told to save and"
     text = f"\ninterrupted: {what} stop (again: stop it at once)\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
@@ -109,9 +107,9 @@ def refresh_port(spec: LaunchSpec) -> LaunchSpec:
     return spec
 
 
-def stamp(run: RunDir, step: int) -> tuple[int, int] | None:
+def stamp(run: RunDir, stage: Stage) -> tuple[int, int] | None:
     """What changes whenever an artifact is published: its manifest's inode and time."""
-    path = run.step_dir(step) / "artifact" / MANIFEST
+    path = run.artifact(stage.makes) / MANIFEST
     try:
         status = path.stat()
     except OSError:
@@ -126,25 +124,25 @@ def prove_result(
 
     Raises StepFailed, or the ConfigError or RequirementError that a rank recorded.
     """
-    step, logs = item.step, run.logs(item.step)
-    manifest, problem = published_since(run, step, before)
+    stage, logs = item.stage, run.logs(item.stage)
+    manifest, problem = published_since(run, stage, before)
     absent = ranks.unfinished(logs, item.resolved.world_size, wait=item.spec.nodes is not None)
     if manifest is None or absent or failure.read_records(logs):
-        raise failure.explain(step, outcome, logs, problem, absent)
+        raise failure.explain(stage, outcome, logs, problem, absent)
     return manifest
 
 
 def published_since(
-    run: RunDir, step: int, before: tuple[int, int] | None
+    run: RunDir, stage: Stage, before: tuple[int, int] | None
 ) -> tuple[Manifest | None, str]:
     """(the manifest of an artifact that verifies and is not the one of `before`, ""), or (None,
     what is wrong)."""
-    artifact = run.step_dir(step) / "artifact"
+    artifact = run.artifact(stage.makes)
     try:
-        manifest = verify(artifact, KINDS[step])
+        manifest = verify(artifact, stage.makes)
     except ArtifactError as error:
         return None, str(error)
-    if stamp(run, step) == before:
+    if stamp(run, stage) == before:
         return None, f"{artifact} is that of an earlier run, none was published"
     return manifest, ""
 
@@ -152,8 +150,8 @@ def published_since(
 def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str:
     """One or two lines about a finished step."""
     text = (
-        f"step {item.step} done: {STEP_NAMES[item.step]} artifact {manifest.id[:12]}, "
-        f"{outcome.seconds:.0f} s{_measured(item.step, manifest.metrics)}"
+        f"{item.stage} done: {item.stage.title} artifact {manifest.id[:12]}, "
+        f"{outcome.seconds:.0f} s{_measured(item.stage.measured, manifest.metrics)}"
     )
     if outcome.code != 0:
         # The artifact was published and verifies; what died afterwards cost nothing.
@@ -161,9 +159,8 @@ def describe_result(item: StepPlan, manifest: Manifest, outcome: Outcome) -> str
     return text
 
 
-def _measured(step: int, metrics: Mapping[str, Any]) -> str:
+def _measured(name: str, metrics: Mapping[str, Any]) -> str:
     """A step's figure on held-out rows, after training and before; nothing if it has none."""
-    name = MEASURED.get(step, "")
     if metrics.get("held_out", {}).get("rows") == 0:
         return ", not measured (no held-out rows)"
     if metrics.get(name) is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.supervise import Outcome
 from rlhf.errors import ConfigError, RequirementError, StepFailed, UserError
+from rlhf.stages import Stage
 
 TAIL_LINES = 20
 TRACEBACK = 12
@@ -29,11 +30,6 @@ _ECHO = re.compile(
     r"ncclRemoteError|remote process exited|Socket Timeout",
     re.IGNORECASE,
 )
-_MEMORY_KEYS = {
-    1: ("step1.train.micro_batch_size", "step1.model", "--actor-zero-stage", "step1.engine"),
-    2: ("step2.train.micro_batch_size", "step2.model", "--reward-zero-stage", "step2.engine"),
-    3: ("step3.micro_batch_size", "step3.actor.model", "--actor-zero-stage", "step3.actor.engine"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def read_records(logs: Path) -> list[Record]:
 
 
 def explain(
-    step: int, outcome: Outcome, logs: Path, problem: str = "", absent: Sequence[str] = ()
+    stage: Stage, outcome: Outcome, logs: Path, problem: str = "", absent: Sequence[str] = ()
 ) -> UserError:
     """The error to raise for a step that did not succeed.
 
@@ -102,9 +98,9 @@ def explain(
     for record in records:
         if record.exit_code in (2, 3):
             kind = ConfigError if record.exit_code == 2 else RequirementError
-            return kind(_with_remedy(f"step {step}: {record.message}", record.remedy))
+            return kind(_with_remedy(f"{stage}: {record.message}", record.remedy))
     output = outcome.output()
-    lines = [f"step {step} failed: {ending(outcome.code)}"]
+    lines = [f"{stage} failed: {ending(outcome.code)}"]
     lines += [f"  | {line}" for line in last_lines(output)]
     recorded = {record.rank for record in records}
     silent = [who for who in absent if int(who.split()[1]) not in recorded]
@@ -115,7 +111,7 @@ def explain(
         lines.append(f"The driver ended the step: {outcome.lost}.")
     if outcome.code == 0 and problem:
         lines.append(f"it reported success, but its artifact does not verify: {problem}")
-    lines.append(f"Remedy: {remedy(step, outcome, records, output)}")
+    lines.append(f"Remedy: {remedy(stage, outcome, records, output)}")
     lines.append(f"The whole log: {outcome.log}")
     return StepFailed("\n".join(lines))
 
@@ -146,12 +142,12 @@ def ending(code: int) -> str:
     return f"its processes were ended by {name}"
 
 
-def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> str:
+def remedy(stage: Stage, outcome: Outcome, records: list[Record], output: str) -> str:
     """What to change: known causes by their settings, else what the rank advised."""
     said = _said(records, output)
     killed = was_killed(outcome, records, output)
     if killed or _MEMORY.search(said):
-        return memory_remedy(step, killed)
+        return memory_remedy(stage, killed)
     for record in records:
         if record.remedy:
             return record.remedy
@@ -193,19 +189,19 @@ def _said(records: Iterable[Record], output: str) -> str:
     return "\n".join(f"{record.type}: {record.message}" for record in _causes(records)) or output
 
 
-def memory_remedy(step: int, killed: bool) -> str:
+def memory_remedy(stage: Stage, killed: bool) -> str:
     """The settings that lower memory, cheapest first."""
-    micro, model, zero, engine = _MEMORY_KEYS[step]
+    model, engine = stage.model, f"{stage.models[0]}.engine"
     why = (
         "killed from outside (most often: the machine ran out of memory)"
         if killed
         else ("out of memory")
     )
-    rollout = " or step3.rollout.batch_size" if step == 3 else ""
+    rollout = f" or {stage.section}.rollout.batch_size" if stage.generates else ""
     return (
-        f"{why}. Lower {micro}{rollout} (the optimiser's batch stays the same), set "
+        f"{why}. Lower {stage.micro_batch}{rollout} (the optimiser's batch stays the same), set "
         f"{model}.gradient_checkpointing=true, use LoRA ({model}.lora.rank=16), or shard over more "
-        f"processes ({zero} 2 or 3, with {engine}.offload=cpu if need be)"
+        f"processes ({stage.zero_flag} 2 or 3, with {engine}.offload=cpu if need be)"
     )
 
 

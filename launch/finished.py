@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.checks import BAD_SETTING, Check
-from launch.gate import KINDS, STEP_NAMES
 from launch.plan import Plan, StepPlan
 from rlhf.config.trees import flatten
 from rlhf.errors import ArtifactError, ConfigError
+from rlhf.stages import Stage
 from rlhf.store import Manifest, RunDir, read_manifest
 from rlhf.store.checkpoints import newest
 
@@ -37,31 +37,31 @@ def forced_notes(plan: Plan) -> list[str]:
     for item in plan.steps:
         if item.replaces is None:
             continue
-        notes.append(f"step {item.step} replaces {describe(item.step, item.replaces)}")
-        notes += [f"  {text}" for text in below(plan, item.step)]
+        notes.append(f"{item.stage} replaces {describe(item.stage, item.replaces)}")
+        notes += [f"  {text}" for text in below(plan, item.stage)]
     return notes
 
 
 def _replaced(plan: Plan, item: StepPlan, manifest: Manifest) -> Check:
-    found = f"{describe(item.step, manifest)} would be replaced: {item.reason}"
-    if after := below(plan, item.step):
+    found = f"{describe(item.stage, manifest)} would be replaced: {item.reason}"
+    if after := below(plan, item.stage):
         found += f"; {'; '.join(after)}"
-    forced = f"{plan.options.command(*plan.options.steps)} --force"
+    forced = f"{plan.options.command(*plan.options.stages)} --force"
     return Check(
-        f"step {item.step} is finished", "FAIL", found, "your word for it",
+        f"{item.stage} is finished", "FAIL", found, "your word for it",
         f"to replace it: {forced}; to keep it: another --name", BAD_SETTING,
     )  # fmt: skip
 
 
 def _kept(plan: Plan, item: StepPlan, manifest: Manifest, sources: Sources | None) -> Check:
-    what = f"step {item.step} is finished"
+    what = f"{item.stage} is finished"
     told = data_changes(manifest.data_sources, sources)
     if not told:
-        return Check(what, "ok", describe(item.step, manifest))
-    found = f"{describe(item.step, manifest)} was made from other data: {'; '.join(told)}"
+        return Check(what, "ok", describe(item.stage, manifest))
+    found = f"{describe(item.stage, manifest)} was made from other data: {'; '.join(told)}"
     if plan.config.checkpoint.resume == "always":
         return Check(what, "warn", f"{found}; it is kept (--resume always)")
-    forced = f"{plan.options.command(*plan.options.steps)} --force"
+    forced = f"{plan.options.command(*plan.options.stages)} --force"
     return Check(
         what, "FAIL", found, "the same data",
         f"to make it again: {forced}; to keep it and go on: --resume always; or another --name",
@@ -71,12 +71,12 @@ def _kept(plan: Plan, item: StepPlan, manifest: Manifest, sources: Sources | Non
 
 def _saved(plan: Plan, item: StepPlan, sources: Sources | None) -> list[Check]:
     """An unfinished step cannot go on with other rows: what it has seen would be another's."""
-    found = newest(plan.run.resume(item.step))
+    found = newest(plan.run.resume(item.stage))
     told = data_changes(found[1].data_sources, sources) if found else []
     if not found or not told:
         return []
     return [Check(
-        f"step {item.step} goes on from {found[0].name}", "FAIL",
+        f"{item.stage} goes on from {found[0].name}", "FAIL",
         f"it was saved with other data: {'; '.join(told)}", "the same data",
         "to start the step again: --resume never", BAD_SETTING,
     )]  # fmt: skip
@@ -113,38 +113,38 @@ def refuse_changed_data(plan: Plan, item: StepPlan, now: Sources | None) -> None
     if not told:
         return
     if plan.config.checkpoint.resume == "always":
-        print(f"warning: step {item.step}: {'; '.join(told)} (--resume always)")
+        print(f"warning: {item.stage}: {'; '.join(told)} (--resume always)")
         return
     raise ConfigError(
-        f"step {item.step}: the data changed while this command was running: {'; '.join(told)}. "
+        f"{item.stage}: the data changed while this command was running: {'; '.join(told)}. "
         "The steps before it have seen other rows: start them again with --force, or go on with "
         "--resume always"
     )
 
 
-def below(plan: Plan, step: int) -> list[str]:
+def below(plan: Plan, stage: Stage) -> list[str]:
     """The finished steps after one that is replaced and that this command does not make again."""
-    asked = {item.step for item in plan.steps}
+    pipeline = plan.options.pipeline
     found = []
-    for later in range(step + 1, 4):
+    for later in pipeline[pipeline.index(stage) + 1 :]:
         manifest = finished(plan.run, later)
-        if manifest is not None and later not in asked:
+        if manifest is not None and later not in plan.options.stages:
             found.append(
-                f"step {later} ({describe(later, manifest)}) was made from it and no longer fits"
+                f"{later} ({describe(later, manifest)}) was made from it and no longer fits"
             )
     return found
 
 
-def finished(run: RunDir, step: int) -> Manifest | None:
+def finished(run: RunDir, stage: Stage) -> Manifest | None:
     """The manifest of a step's artifact, its files not read; None where there is no whole one."""
     try:
-        manifest = read_manifest(run.step_dir(step) / "artifact")
+        manifest = read_manifest(run.artifact(stage.makes))
     except ArtifactError:
         return None
-    return manifest if manifest.kind == KINDS[step] else None
+    return manifest if manifest.kind == stage.makes else None
 
 
-def describe(step: int, manifest: Manifest) -> str:
+def describe(stage: Stage, manifest: Manifest) -> str:
     """Which artifact, when it was made, and its figures."""
     flat = flatten(manifest.metrics)
     shown = []
@@ -153,4 +153,4 @@ def describe(step: int, manifest: Manifest) -> str:
         if last in _FIGURES and isinstance(value, (int, float)) and name.count(".") < 2:
             shown.append(f"{last} {value:.3g}")
     figures = f", {', '.join(shown)}" if shown else ""
-    return f"{STEP_NAMES[step]} artifact {manifest.id[:12]}, made {manifest.created}{figures}"
+    return f"{stage.title} artifact {manifest.id[:12]}, made {manifest.created}{figures}"

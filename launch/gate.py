@@ -12,17 +12,14 @@ from rlhf.config.migrate import changes
 from rlhf.config.names import absolute_if_local, is_path_like
 from rlhf.config.resolve import decisive, section_of
 from rlhf.config.schema import ResolvedStep
-from rlhf.config.trees import flatten
+from rlhf.config.trees import at, flatten
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
 from rlhf.redact import redact_tree
+from rlhf.stages import STAGES, Need, Stage, maker_of
 from rlhf.store import MANIFEST, Manifest, RunDir, jsonable, read_json, read_manifest, verify
 from rlhf.store.checkpoints import differences, newest, refusal
 
-KINDS = {1: "sft", 2: "reward", 3: "ppo"}
-STEP_NAMES = {1: "SFT", 2: "reward model", 3: "PPO"}
-_MADE_BY = {"sft": 1, "reward": 2}
 RECOVERY = "recovery.json"
-_MODEL_FLAG = {"sft": "--actor-model", "reward": "--reward-model"}
 
 
 @dataclass(frozen=True)
@@ -44,87 +41,92 @@ class Parent:
     note: str = ""
 
 
-def find_parents(options: Options, step: int, done: Mapping[int, Manifest | None]) -> list[Parent]:
-    """The step's parents. `done`: asked-for step -> its manifest if it is already done.
+Done = Mapping[str, Manifest | None]  # kind that this command makes -> its manifest, if it is done
+
+
+def find_parents(options: Options, stage: Stage, done: Done) -> list[Parent]:
+    """The stage's parents.
 
     Raises RequirementError or ArtifactError naming the command that makes what is missing.
     """
-    names = ("sft", "reward")[: step - 1]
-    found = [_find(options, step, name, done) for name in names]
-    parents = [parent for parent in found if parent is not None]
-    if step == 3:
-        check_tokenizers(*parents)
-        check_descent(*parents)
-    return parents
+    found = [_find(options, stage, need, done) for need in stage.needs]
+    parents = {parent.name: parent for parent in found if parent is not None}
+    if {"sft", "reward"} <= parents.keys():
+        check_tokenizers(stage, parents["sft"], parents["reward"])
+        check_descent(stage, parents["sft"], parents["reward"])
+    return list(parents.values())
 
 
-def check_tokenizers(sft: Parent, reward: Parent) -> None:
+def check_tokenizers(stage: Stage, sft: Parent, reward: Parent) -> None:
     """Raises ArtifactError if actor and reward model would read different tokens."""
     if sft.tokenizer and reward.tokenizer and sft.tokenizer != reward.tokenizer:
         raise ArtifactError(
-            f"step 3: the reward artifact {reward.path} was trained with tokenizer "
+            f"{stage}: the reward artifact {reward.path} was trained with tokenizer "
             f"{reward.tokenizer[:8]}, the actor's ({sft.path}) is {sft.tokenizer[:8]}: retrain "
             "step 2 on this actor's tokenizer (--step 2 --force), or pass another --reward-model"
         )
 
 
-def check_descent(sft: Parent, reward: Parent) -> None:
+def check_descent(stage: Stage, sft: Parent, reward: Parent) -> None:
     """Raises ArtifactError if one of this run's two models was replaced after the other was made,
     be it by another run's artifact that verifies by itself."""
     if sft.id and reward.descends_from and reward.descends_from != sft.id:
         raise ArtifactError(
-            f"step 3: the reward artifact {reward.path} was trained from SFT model "
+            f"{stage}: the reward artifact {reward.path} was trained from SFT model "
             f"{reward.descends_from[:12]}, but {sft.path} is {sft.id[:12]}: one of them was made "
             "again or is another run's. Make step 2 again (--step 2 3), or start a run with "
             "models of your own (--name, --actor-model, --reward-model)"
         )
 
 
-def _find(
-    options: Options, step: int, name: str, done: Mapping[int, Manifest | None]
-) -> Parent | None:
-    maker = _MADE_BY[name]
-    own = options.config.step3.actor.model.name if step == 3 and name == "sft" else None
-    flag = options.actor_model if name == "sft" else options.reward_model
-    path = options.run.artifact(name)
+def _find(options: Options, stage: Stage, need: Need, done: Done) -> Parent | None:
+    kind, maker = need.kind, maker_of(need.kind)
+    own = at(options.config, need.named_by) if need.named_by else None
+    flag = options.models.get(maker.model_flag)
+    path = options.run.artifact(kind)
     if own:
-        return foreign(name, own, "step3.actor.model.name", options.dry_run)
-    if maker in done:
-        manifest = done[maker]
+        return foreign(kind, own, need.named_by, options.dry_run)
+    if kind in done:
+        manifest = done[kind]
         if manifest is None:
-            return Parent(name, str(path), here=True)
-        return _own(name, path, manifest)
+            return Parent(kind, str(path), here=True)
+        return _own(kind, path, manifest)
     if options.run.step_dir(maker).exists():
-        return _from_run(options, step, name, flag)
+        return _from_run(options, stage, kind, flag)
     if flag:
-        return foreign(name, flag, _MODEL_FLAG[name], options.dry_run)
-    if step == 2 and (options.reward_model or options.config.step2.model.name):
+        return foreign(kind, flag, maker.model_flag, options.dry_run)
+    if need.spared_by and (
+        options.models.get(stage.model_flag) or at(options.config, need.spared_by)
+    ):
         return None
+    instead = f"\nor give a model of your own with {maker.model_flag} (HF directory or hub id)"
     raise RequirementError(
-        f"step {step} builds on step {maker}'s {STEP_NAMES[maker]} model, and {options.run.path} "
-        f"has none. Make it with:\n  {options.command(maker)}\n"
-        f"or give a model of your own with {_MODEL_FLAG[name]} (HF directory or hub id)"
+        f"{stage} builds on {maker}'s {maker.title.removesuffix(' model')} model, and "
+        f"{options.run.path} has none. Make it with:\n  {options.command(maker)}"
+        f"{instead if maker.model_flag else ''}"
     )
 
 
-def _from_run(options: Options, step: int, name: str, flag: str | None) -> Parent:
-    maker = _MADE_BY[name]
-    path = options.run.artifact(name)
+def _from_run(options: Options, stage: Stage, kind: str, flag: str | None) -> Parent:
+    maker = maker_of(kind)
+    path = options.run.artifact(kind)
     try:
-        manifest = prove(path, name, quick=options.dry_run)
+        manifest = prove(path, kind, quick=options.dry_run)
     except ArtifactError as error:
+        instead = (
+            f"\nor, to use a model of your own, start a new run (--name) with {maker.model_flag}"
+        )
         raise ArtifactError(
-            f"step {step} builds on step {maker}: {error}\n"
-            f"Make it with:\n  {options.command(maker)}\n"
-            f"or, to use a model of your own, start a new run (--name) with {_MODEL_FLAG[name]}"
+            f"{stage} builds on {maker}: {error}\nMake it with:\n  {options.command(maker)}"
+            f"{instead if maker.model_flag else ''}"
         ) from error
     note = ""
     above = manifest.parents.get("sft")
-    base = flatten(manifest.config).get(f"step{maker}.model.name")
+    base = flatten(manifest.config).get(maker.base)
     if flag and flag != base:
-        note = f"{_MODEL_FLAG[name]} {flag} is not used: step {maker}'s artifact (from {base}) is"
-    found = _own(name, path, manifest, note)
-    return replace(found, descends_from=above.id if above and name == "reward" else None)
+        note = f"{maker.model_flag} {flag} is not used: {maker}'s artifact (from {base}) is"
+    found = _own(kind, path, manifest, note)
+    return replace(found, descends_from=above.id if above else None)
 
 
 def _own(name: str, path: Path, manifest: Manifest, note: str = "") -> Parent:
@@ -135,7 +137,7 @@ def _own(name: str, path: Path, manifest: Manifest, note: str = "") -> Parent:
 def foreign(name: str, model: str, setting: str, quick: bool) -> Parent:
     """A model that this run did not make: an artifact of another run, HF directory or hub id."""
     model = absolute_if_local(model)
-    role = STEP_NAMES[_MADE_BY[name]].removesuffix(" model")
+    role = maker_of(name).title.removesuffix(" model")
     note = f"{setting}: {model} serves as the {role} model"
     path = Path(model)
     if not path.exists():
@@ -144,9 +146,10 @@ def foreign(name: str, model: str, setting: str, quick: bool) -> Parent:
         return Parent(name, model, note=note)
     if (path / MANIFEST).is_file():
         manifest = prove(path, None, quick)
-        part_of_ppo = manifest.kind == "ppo"
-        if manifest.kind not in (name, "base") or part_of_ppo:
-            hint = f"; give its part, {path / 'actor'}" if part_of_ppo else ""
+        if manifest.kind not in (name, "base"):
+            stages = [stage for stage in STAGES.values() if stage.makes == manifest.kind]
+            parts = [part for stage in stages for part in stage.parts]
+            hint = f"; give its part, {path / parts[0]}" if parts else ""
             raise ArtifactError(
                 f"{setting} {model}: this is a {manifest.kind!r} artifact, a {name!r} artifact is "
                 f"needed{hint}"
@@ -182,24 +185,24 @@ def finished_step(
     No manifest: there is no artifact, or (with a reason) one that does not verify. A manifest and
     no reason: the step is done, nothing of it would change.
     """
-    step = resolved.step
-    artifact = options.run.step_dir(step) / "artifact"
+    stage = resolved.row
+    artifact = options.run.artifact(stage.makes)
     if not artifact.exists():
         return None, ""
     try:
-        manifest = prove(artifact, KINDS[step], quick=options.dry_run)
+        manifest = prove(artifact, stage.makes, quick=options.dry_run)
     except ArtifactError as error:
         return None, f"its artifact does not verify ({error})"
     if options.force:
         return manifest, "--force"
     for parent in parents:
         if parent.here:
-            return manifest, f"step {_MADE_BY[parent.name]} runs again"
+            return manifest, f"{maker_of(parent.name)} runs again"
         was = manifest.parents.get(parent.name)
         if was is None or was.id != parent.id or (parent.id is None and was.path != parent.path):
             return manifest, f"its {parent.name} parent is another one now"
-    before = flatten(section_of(manifest.config, step))
-    now = flatten(section_of(redact_tree(jsonable(resolved.config)), step))
+    before = flatten(section_of(manifest.config, stage))
+    now = flatten(section_of(redact_tree(jsonable(resolved.config)), stage))
     changed = changes(before, now, manifest.schema_version)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -213,17 +216,17 @@ def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) 
     Raises ConfigError if it was made with other settings, parents or processes. That it is whole
     is proven by the step itself.
     """
-    found = newest(options.run.resume(resolved.step))
+    found = newest(options.run.resume(resolved.row))
     if found is None:
         return ""
     place, record = found
     fatal, changed = differences(
         record,
-        settings=redact_tree(decisive(jsonable(resolved.config), resolved.step)),
+        settings=redact_tree(decisive(jsonable(resolved.config), resolved.row)),
         parents={parent.name: parent.id or parent.path for parent in parents},
         world_size=resolved.world_size,
     )
-    fatal += [f"step {_MADE_BY[p.name]} runs again first" for p in parents if p.here]
+    fatal += [f"{maker_of(p.name)} runs again first" for p in parents if p.here]
     if resolved.config.checkpoint.resume == "always":
         changed = []
     if problem := refusal(place, fatal, changed):
@@ -231,9 +234,9 @@ def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) 
     return f"{place.name} (saved {record.created})"
 
 
-def recovery_scale(run: RunDir, step: int) -> float:
+def recovery_scale(run: RunDir, stage: Stage) -> float:
     """What learning rates are multiplied by since the step diverged; 1 if it did not."""
-    place = run.resume(step) / RECOVERY
+    place = run.resume(stage) / RECOVERY
     if not place.exists():
         return 1.0
     try:
@@ -245,15 +248,17 @@ def recovery_scale(run: RunDir, step: int) -> float:
 
 
 def base_models(options: Options) -> dict[str, Any]:
-    """The settings that --actor-model and --reward-model make: the bases of steps 1 and 2."""
+    """The settings that --actor-model and --reward-model make: what the stages that run here start
+    from. Raises ConfigError where one has nothing to start from."""
     changes: dict[str, Any] = {}
-    for step, model in ((1, options.actor_model), (2, options.reward_model)):
-        in_run = step in options.steps or options.run.step_dir(step).exists()
-        if model and in_run:
-            changes[f"step{step}.model.name"] = model
-    if 1 in options.steps and not (options.actor_model or options.config.step1.model.name):
-        raise ConfigError(
-            "step 1 has no base model: give --actor-model (a hub id, directory, .gguf file, or a "
-            "bare size such as 1.3b), or set step1.model.name in the recipe"
-        )
+    for stage in options.pipeline:
+        model = options.models.get(stage.model_flag)
+        asked = stage in options.stages
+        if model and (asked or options.run.step_dir(stage).exists()):
+            changes[stage.base] = model
+        if asked and stage.base and not (stage.needs or model or at(options.config, stage.base)):
+            raise ConfigError(
+                f"{stage} has no base model: give {stage.model_flag} (a hub id, directory, .gguf "
+                f"file, or a bare size such as 1.3b), or set {stage.base} in the recipe"
+            )
     return changes

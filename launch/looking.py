@@ -86,7 +86,7 @@ def _problem(one: Any) -> Check:
 
 def _judge(plan: Plan) -> list[Check]:
     """The judge of step 3's verdict, where the settings name one."""
-    item = next((item for item in plan.steps if item.step == 3 and not item.done), None)
+    item = next((item for item in plan.steps if item.stage.evaluates and not item.done), None)
     name = item.resolved.config.step3.eval.judge if item else None
     if item is None or not name:
         return []

@@ -14,6 +14,7 @@ from launch.checks import Check, judge
 from launch.devices import cpu_cores, place, visible_gpus
 from launch.spec import Placement
 from rlhf.config.schema import LaunchConfig, ResolvedStep
+from rlhf.config.trees import at
 from rlhf.errors import UserError
 from rlhf.plan import report
 from rlhf.plan.advise import Machine
@@ -102,12 +103,12 @@ def step_report(
     """
     try:
         parents = {kind: _readable(resolved.parents.get(kind), bases) for kind in bases}
-        actor = resolved.config.step1.model.name if resolved.step == 1 else None
-        actor = actor or parents["sft"] or bases["sft"] or "tiny:llama"
-        reward = resolved.config.step2.model.name if resolved.step == 2 else parents["reward"]
-        reward = reward or bases["reward"] or actor
+        stage = resolved.row
+        own = {stage.makes: at(resolved.config, stage.base)} if stage.base else {}
+        actor = own.get("sft") or parents["sft"] or bases["sft"] or "tiny:llama"
+        reward = own.get("reward") or parents["reward"] or bases["reward"] or actor
         shapes = Shapes(read_shape(actor), read_shape(reward))
-        return report.plan_step(resolved.config, resolved.step, shapes, machine), ""
+        return report.plan_step(resolved.config, stage, shapes, machine), ""
     except UserError as error:
         return None, str(error)
 
@@ -142,7 +143,7 @@ def memory_check(
     found: report.StepReport, machine: Machine, refuse: bool, where: str = ""
 ) -> Check:
     """Does a step fit? It fails where it is sure not to, if `refuse` (launch.check_memory)."""
-    what = f"{where}memory for step {found.step}"
+    what = f"{where}memory for {found.stage}"
     if machine.memory is None:
         needed = f"{report.size(found.memory.peak)} per process"
         return Check(

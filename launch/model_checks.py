@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from launch.checks import BAD_SETTING, Check, of_error
 from launch.plan import Plan, StepPlan
 from rlhf.config.keys import nearest
 from rlhf.config.names import is_hub_model, is_path_like
-from rlhf.config.schema import ModelConfig
+from rlhf.config.schema import ModelConfig, RunConfig
+from rlhf.config.trees import at
 from rlhf.errors import UserError
 from rlhf.families import TINY_FAMILIES
 from rlhf.plan.classes import CAUSAL, SEQUENCE, families_with
 from rlhf.plan.known import known_names
 from rlhf.plan.read import is_known, read_config
+from rlhf.stages import Stage
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
@@ -67,31 +69,33 @@ def _uses(plan: Plan, item: StepPlan) -> Iterator[Use]:
     def parent(name: str) -> tuple[str | None, bool]:
         found = parents.get(name)
         if found is None or found.here:
-            return bases[name], False
+            return bases.get(name), False
         return found.path, found.id is not None
 
-    if item.step == 1:
-        one = config.step1
-        yield from _use(
-            (one.model.name, False), "the base of step 1", one.model, CAUSAL, one.max_length,
-            "step1.max_length",
-        )  # fmt: skip
-    elif item.step == 2:
-        two = config.step2
-        own = (two.model.name, False) if two.model.name else parent("sft")
-        longest = two.max_length or config.step1.max_length
-        yield from _use(own, "the base of step 2", two.model, SEQUENCE, longest, "step2.max_length")
-    else:
-        rl, rollout = config.step3, config.step3.rollout
-        longest = (rollout.max_prompt_length or config.step1.max_prompt_length) + (
-            rollout.max_new_tokens
-        )
-        key = "step3.rollout.max_prompt_length + step3.rollout.max_new_tokens"
-        yield from _use(parent("sft"), "step 3's policy", rl.actor.model, CAUSAL, longest, key)
-        reward = "step 3's reward model"
-        yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
-        critic = (rl.critic.model.name, False)
-        yield from _use(critic, "step 3's critic", rl.critic.model, SEQUENCE, longest, key)
+    stage = item.stage
+    if stage.generates:
+        yield from _of_rollout(stage, config, parent)
+        return
+    section = at(config, stage.section)
+    own = at(config, stage.base) if stage.base else None
+    model = (own, False) if own or not stage.needs else parent(stage.needs[0].kind)
+    longest = section.max_length or config.step1.max_length
+    table = SEQUENCE if stage.scalar else CAUSAL
+    key = f"{stage.section}.max_length"
+    yield from _use(model, f"the base of {stage}", at(config, stage.model), table, longest, key)
+
+
+def _of_rollout(
+    stage: Stage, config: RunConfig, parent: Callable[[str], tuple[str | None, bool]]
+) -> Iterator[Use]:
+    rl, rollout = config.step3, config.step3.rollout
+    longest = rollout.max_new_tokens
+    longest += rollout.max_prompt_length or config.step1.max_prompt_length
+    key = "step3.rollout.max_prompt_length + step3.rollout.max_new_tokens"
+    policy, reward, critic = (f"{stage}'s {role}" for role in ("policy", "reward model", "critic"))
+    yield from _use(parent("sft"), policy, rl.actor.model, CAUSAL, longest, key)
+    yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
+    yield from _use((rl.critic.model.name, False), critic, rl.critic.model, SEQUENCE, longest, key)
 
 
 def _use(

@@ -17,6 +17,7 @@ from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
+from rlhf.stages import STAGES, Stage, chosen, pipeline_of
 from rlhf.store import RunDir
 
 RECIPES = PROJECT_ROOT / "launch" / "recipes"
@@ -63,7 +64,8 @@ _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
 class Options:
     """What was asked, with the configuration that follows from it."""
 
-    steps: list[int]
+    stages: list[Stage]
+    """What is asked for, of `pipeline`."""
     config: RunConfig
     recipe: Path | None
     actor_model: str | None
@@ -77,11 +79,26 @@ class Options:
     argv: list[str] = field(default_factory=list)
 
     @property
+    def steps(self) -> list[int]:
+        return [stage.number for stage in self.stages]
+
+    @property
+    def pipeline(self) -> list[Stage]:
+        """All stages of the run."""
+        return pipeline_of(self.config.pipeline)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Flag -> the model that it names."""
+        given = {"--actor-model": self.actor_model, "--reward-model": self.reward_model}
+        return {flag: model for flag, model in given.items() if model}
+
+    @property
     def run(self) -> RunDir:
         return RunDir(Path(self.config.output_dir).expanduser().absolute() / self.config.name)
 
-    def command(self, *steps: int) -> str:
-        """The same command line for other steps, to name in a remedy."""
+    def command(self, *stages: Stage) -> str:
+        """The same command line for other stages, to name in a remedy."""
         kept: list[str] = []
         of_step = False
         for token in normalize_flags(self.argv):
@@ -89,7 +106,9 @@ class Options:
             of_step = token.startswith("--step") if is_flag else of_step and token.isdigit()
             if not of_step and token not in _NOT_REPEATED:
                 kept.append(token)
-        return shlex.join(["python", "train.py", "--step", *map(str, steps), *kept])
+        return shlex.join(
+            ["python", "train.py", "--step", *(str(one.number) for one in stages), *kept]
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,8 +135,9 @@ def parser() -> argparse.ArgumentParser:
         "missing, 129 hung up, 130 interrupted, 143 terminated.",
     )
     add = made.add_argument
-    add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N",
-        help="1 SFT, 2 reward model, 3 PPO; default: all three")  # fmt: skip
+    numbers = ", ".join(f"{stage.number} {stage.title}" for stage in STAGES.values())
+    add("--step", type=int, nargs="+", metavar="N",
+        help=f"{numbers}; default: all of the recipe's pipeline")  # fmt: skip
     add("--config", metavar="FILE", help="recipe (YAML), or the name of one in launch/recipes")
     add("--actor-model", metavar="MODEL",
         help="base of step 1; without step 1, the SFT model of the later steps. "
@@ -179,11 +199,10 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
     recipe = find_recipe(flags.config, flags.actor_model)
     values, origins = flag_values(flags)
     asked = {**_from_environment(environ, values), **parse_overrides(overrides)}
-    steps = sorted(set(flags.step))
     actor, reward = (model_name(name) for name in (flags.actor_model, flags.reward_model))
     config = load_config(recipe, asked, values, origins)
     return Options(
-        steps=steps,
+        stages=chosen(pipeline_of(config.pipeline), flags.step),
         config=config,
         recipe=recipe,
         actor_model=actor,

@@ -9,7 +9,6 @@ from typing import Any
 
 from launch.devices import place
 from launch.gate import (
-    STEP_NAMES,
     Parent,
     base_models,
     find_parents,
@@ -24,23 +23,24 @@ from launch.options import Options
 from launch.spec import PROJECT_ROOT, LaunchSpec, Placement
 from rlhf.config.load import with_values
 from rlhf.config.resolve import (
-    BATCH_KEYS,
     absolute_paths,
     accumulation,
     describe_inherited,
     resolve_step,
+    rows_per_step,
 )
 from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.config.trees import at
 from rlhf.plan.advise import Machine
 from rlhf.plan.report import StepReport, as_json
-from rlhf.store import STEP_DIRS, Manifest, RunDir, find_evaluation, jsonable
+from rlhf.stages import Stage
+from rlhf.store import Manifest, RunDir, find_evaluation, jsonable
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One step: run it (with `spec`), or it is already done (`manifest`)."""
 
-    step: int
     resolved: ResolvedStep
     spec: LaunchSpec
     parents: list[Parent]
@@ -59,9 +59,17 @@ class StepPlan:
     act: str = ""
     """"evaluation": only that; the step is done."""
     unevaluated: str = ""
-    """Why a step 3 that is done has still to be evaluated."""
+    """Why a stage that is done has still to be evaluated."""
     evaluated_otherwise: str = ""
     """How its evaluation differs from what is asked for now; it is repeated by command only."""
+
+    @property
+    def stage(self) -> Stage:
+        return self.resolved.row
+
+    @property
+    def step(self) -> int:
+        return self.stage.number
 
     @property
     def done(self) -> bool:
@@ -95,13 +103,13 @@ def make_plan(options: Options) -> Plan:
     machine = machine_of(placement, config.launch)
     sft_base = options.actor_model or config.step1.model.name
     bases = {"sft": sft_base, "reward": options.reward_model or config.step2.model.name or sft_base}
-    done: dict[int, Manifest | None] = {}
+    done: dict[str, Manifest | None] = {}
     steps: list[StepPlan] = []
-    for step in options.steps:
-        parents = find_parents(options, step, done)
+    for stage in options.stages:
+        parents = find_parents(options, stage, done)
         resolved = resolve_step(
             config,
-            step,
+            stage,
             run_dir=options.run.path,
             world_size=placement.world_size,
             parents={parent.name: parent.path for parent in parents},
@@ -109,20 +117,19 @@ def make_plan(options: Options) -> Plan:
         )
         found, reason = finished_step(options, resolved, parents)
         manifest, replaced = (None, found) if reason else (found, None)
-        done[step] = manifest
+        done[stage.makes] = manifest
         fresh = options.force or config.checkpoint.resume == "never"
         saved = "" if fresh or manifest is not None else unfinished(options, resolved, parents)
-        resolved.learning_rate_scale = 1.0 if fresh else recovery_scale(options.run, step)
+        resolved.learning_rate_scale = 1.0 if fresh else recovery_scale(options.run, stage)
         needs, why_not = step_report(resolved, machine, bases)
         kept = keeps_memory(config.launch.keep_memory, needs, machine)
         resolved.config = with_values(resolved.config, {"launch.keep_memory": kept})
         spec = launch_spec(resolved, placement, options.run)
         item = StepPlan(
-            step=step, resolved=resolved, spec=spec, parents=parents, manifest=manifest,
-            reason=reason, replaces=replaced, fresh=fresh, saved=saved, needs=needs,
-            not_planned=why_not,
+            resolved=resolved, spec=spec, parents=parents, manifest=manifest, reason=reason,
+            replaces=replaced, fresh=fresh, saved=saved, needs=needs, not_planned=why_not,
         )  # fmt: skip
-        if step == 3 and manifest is not None:
+        if stage.evaluates and manifest is not None:
             evaluation, why = find_evaluation(options.run)
             note = _otherwise(options.run, evaluation, config) if evaluation else ""
             item = replace(item, unevaluated=why, evaluated_otherwise=note)
@@ -150,8 +157,9 @@ def launch_spec(
 ) -> LaunchSpec:
     """The command that starts the step's processes; `act`: "evaluation", which is a script of its
     own."""
-    script = PROJECT_ROOT / STEP_DIRS[resolved.step] / f"{act or 'main'}.py"
-    arguments = ["--config", str(run.resolved(resolved.step, act))]
+    stage = resolved.row
+    script = PROJECT_ROOT / stage.folder / f"{act or 'main'}.py"
+    arguments = ["--config", str(run.resolved(stage, act))]
     return build_spec(resolved.config, script, arguments, placement)
 
 
@@ -172,8 +180,8 @@ def describe(plan: Plan) -> str:
 
 def describe_step(item: StepPlan, machine: Machine) -> list[str]:
     """What a step does, from what, with which batches and memory, and its command."""
-    step, resolved = item.step, item.resolved
-    head = f"step {step}   {STEP_NAMES[step]}: {_origin(item)} -> {STEP_DIRS[step]}/artifact"
+    stage, resolved = item.stage, item.resolved
+    head = f"{stage}   {stage.title}: {_origin(item)} -> {stage.folder}/artifact"
     if item.manifest is not None:
         done = f"already done (artifact {item.manifest.id[:12]}); --force repeats it"
         again = [f"evaluation runs: {item.unevaluated}"] if item.unevaluated else []
@@ -198,29 +206,24 @@ def _environment(plan: Plan) -> list[str]:
 
 
 def _origin(item: StepPlan) -> str:
-    config = item.resolved.config
-    if item.step == 1:
-        return str(config.step1.model.name)
-    parents = item.resolved.parents
-    if item.step == 2:
-        return config.step2.model.name or parents["sft"]
-    return f"{parents['sft']}, rewarded by {parents['reward']}"
+    stage, parents = item.stage, item.resolved.parents
+    if own := at(item.resolved.config, stage.base) if stage.base else None:
+        return str(own)
+    first, *others = (parents[need.kind] for need in stage.needs if need.kind in parents)
+    return f"{first}, rewarded by {others[0]}" if others else first
 
 
 def _batches(resolved: ResolvedStep) -> str:
-    config, step, world = resolved.config, resolved.step, resolved.world_size
-    micro_key = BATCH_KEYS[step][1]
-    passes = accumulation(config, step, world)
-    if step == 3:
-        rollout = config.step3.rollout
-        rows, micro = rollout.prompts * rollout.samples_per_prompt, config.step3.micro_batch_size
-        what = f"{rows} answers per iteration, {config.step3.ppo.minibatches} minibatch(es)"
+    config, stage, world = resolved.config, resolved.row, resolved.world_size
+    passes = accumulation(config, stage, world)
+    rows = rows_per_step(config, stage)
+    if stage.generates:
+        minibatches = config.step3.ppo.minibatches
+        what = f"{rows * minibatches} answers per iteration, {minibatches} minibatch(es)"
     else:
-        train = (config.step1 if step == 1 else config.step2).train
-        rows, micro = train.batch_size, train.micro_batch_size
-        what = f"{rows} {'pairs' if step == 2 else 'rows'} per optimiser step"
+        what = f"{rows} {'pairs' if stage.rows == 'pairs' else 'rows'} per optimiser step"
     share = f"{world} process(es), up to {passes} forward pass(es) each"
-    return f"{what}: {share} of {micro} ({micro_key})"
+    return f"{what}: {share} of {at(config, stage.micro_batch)} ({stage.micro_batch})"
 
 
 def _machine(plan: Plan) -> str:
@@ -246,16 +249,16 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "steps": [
             {
                 "step": item.step,
-                "name": STEP_DIRS[item.step],
+                "name": item.stage.folder,
                 "action": "skip" if item.done else "run",
                 "reason": item.reason,
-                "evaluates": bool(item.unevaluated) or (item.step == 3 and not item.done),
+                "evaluates": bool(item.unevaluated) or (item.stage.evaluates and not item.done),
                 "goes_on_from": item.saved,
                 "parents": item.resolved.parents,
                 "notes": [parent.note for parent in item.parents if parent.note],
                 "inherited": describe_inherited(item.resolved),
                 "accumulation": accumulation(
-                    item.resolved.config, item.step, item.resolved.world_size
+                    item.resolved.config, item.stage, item.resolved.world_size
                 ),
                 "needs": as_json(item.needs) if item.needs else None,
                 "argv": item.spec.argv,

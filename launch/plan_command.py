@@ -11,15 +11,17 @@ from typing import Any
 from launch.gate import base_models
 from launch.memory import this_machine
 from launch.options import Options, normalize_flags, parse_options
-from rlhf.config.load import flatten, with_values
-from rlhf.config.resolve import BATCH_KEYS, resolve_step
+from rlhf.config.load import with_values
+from rlhf.config.resolve import resolve_step
 from rlhf.config.schema import RunConfig
+from rlhf.config.trees import at
 from rlhf.errors import ConfigError
 from rlhf.plan import report, scaling
 from rlhf.plan.advise import Machine
 from rlhf.plan.hardware import GPUS, gpu_speeds, parse_bytes
 from rlhf.plan.read import read_shape
 from rlhf.plan.roles import Ranks, Shapes
+from rlhf.stages import Stage
 
 DEFAULT_GPU = "a100-80g"
 
@@ -95,17 +97,17 @@ def plan_reports(
     shapes = Shapes(read_shape(actor), read_shape(reward))
     run_dir = Path(config.output_dir) / config.name
     reports = []
-    for step in options.steps:
-        config = divisible(config, step, world)
-        resolved = resolve_step(config, step, run_dir=run_dir, world_size=world)
-        reports.append(report.plan_step(resolved.config, step, shapes, machine))
+    for stage in options.stages:
+        config = divisible(config, stage, world)
+        resolved = resolve_step(config, stage, run_dir=run_dir, world_size=world)
+        reports.append(report.plan_step(resolved.config, stage, shapes, machine))
     return reports, {"actor": actor, "reward": reward}
 
 
-def divisible(config: RunConfig, step: int, world: int) -> RunConfig:
+def divisible(config: RunConfig, stage: Stage, world: int) -> RunConfig:
     """Batches raised to a multiple of the ranks: what a run on so many would have to ask for."""
-    key = BATCH_KEYS[step][0]
-    value = flatten(config.model_dump())[key]
+    key = stage.batch
+    value = at(config, key)
     if value % world == 0:
         return config
     return with_values(config, {key: -(-value // world) * world})
@@ -131,5 +133,5 @@ def _describe(
     ]
     for item in reports:
         first, *more = [*report.lines(item, machine), report.time_line(item)]
-        found += [f"step {item.step}   {first}", *(f"         {line}" for line in more)]
+        found += [f"{item.stage}   {first}", *(f"         {line}" for line in more)]
     return "\n".join(found)

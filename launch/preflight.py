@@ -11,9 +11,11 @@ from pathlib import Path
 from launch.checks import Check, judge
 from launch.plan import Plan, StepPlan
 from launch.spec import Placement
-from rlhf.config.schema import EngineConfig, RunConfig
+from rlhf.config.schema import RunConfig
+from rlhf.config.trees import at
 from rlhf.errors import RequirementError
 from rlhf.plan import disk
+from rlhf.stages import Stage
 from rlhf.track.forward import require_packages, tracker_names
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
@@ -51,23 +53,22 @@ def needed_models(plan: Plan) -> list[str]:
         if item.done:
             continue
         config = item.resolved.config
-        bases = {1: config.step1.model.name, 2: config.step2.model.name}
-        names += [bases.get(item.step) or ""]
+        names += [at(config, item.stage.base) or ""] if item.stage.base else []
         names += [parent.path for parent in item.parents if parent.id is None and not parent.here]
     return list(dict.fromkeys(name for name in names if name))
 
 
-def check_packages(config: RunConfig, steps: Iterable[int], models: Iterable[str]) -> None:
+def check_packages(config: RunConfig, stages: Iterable[Stage], models: Iterable[str]) -> None:
     """Installed? Asked of the package metadata: importing torch takes seconds."""
     wanted = dict.fromkeys(PACKAGES, "pip install -e .")
-    loras = [config.step1.model.lora, config.step2.model.lora, config.step3.actor.model.lora]
-    if any(loras[step - 1].rank for step in steps):
+    stages = list(stages)
+    if any(at(config, stage.model).lora.rank for stage in stages):
         wanted["peft"] = "pip install peft"
     if any(name.endswith(".gguf") or name.startswith("package:") for name in models):
         wanted["gguf"] = "pip install gguf"
-    if 3 in steps and config.step3.eval.judge == "vader":
+    if any(stage.evaluates for stage in stages) and config.step3.eval.judge == "vader":
         wanted["vaderSentiment"] = "pip install vaderSentiment"
-    if 3 in steps and config.step3.rollout.engine == "vllm":
+    if any(stage.generates for stage in stages) and config.step3.rollout.engine == "vllm":
         wanted["vllm"] = "pip install vllm, or step3.rollout.engine=continuous"
     if any(path.endswith(".zst") for path in config.data.path):
         wanted["zstandard"] = "pip install zstandard"
@@ -89,14 +90,10 @@ def check_trackers(config: RunConfig) -> None:
     require_packages(tracker_names(config.track))
 
 
-def check_compiler(config: RunConfig, steps: Iterable[int]) -> None:
+def check_compiler(config: RunConfig, stages: Iterable[Stage]) -> None:
     """DeepSpeed compiles its CPU optimiser at first use, when optimiser state is offloaded."""
-    engines: dict[int, list[EngineConfig]] = {
-        1: [config.step1.engine],
-        2: [config.step2.engine],
-        3: [config.step3.actor.engine, config.step3.critic.engine],
-    }
-    offloading = any(engine.offload != "none" for step in steps for engine in engines[step])
+    places = [place for stage in stages for place in stage.models]
+    offloading = any(at(config, place).engine.offload != "none" for place in places)
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     if not offloading or any(root.glob("**/cpu_adam.so")):
         return

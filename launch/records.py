@@ -57,8 +57,8 @@ def record_step(run: RunDir, item: StepPlan, spec: LaunchSpec) -> dict[str, Any]
     Both without secrets; returns those of resolved.json, as `rlhf.redact.hide` does.
     """
     shown, hidden = hide(item.resolved.model_dump(mode="json"))
-    write_json_atomic(run.resolved(item.step, item.act), shown)
-    path = run.command(item.step, item.act)
+    write_json_atomic(run.resolved(item.stage, item.act), shown)
+    path = run.command(item.stage, item.act)
     path = path if spec.leads else path.with_stem(f"command.{spec.role}")
     write_script(path, redact(spec.shell()))
     return hidden

@@ -11,9 +11,8 @@ from launch.gate import RECOVERY
 from launch.plan import StepPlan
 from launch.supervise import Outcome
 from rlhf.config.load import flatten, with_values
-from rlhf.config.resolve import BATCH_KEYS
+from rlhf.config.resolve import rows_per_step
 from rlhf.errors import StepFailed, UserError
-from rlhf.plan.advise import rows_per_step
 from rlhf.store import Manifest, RunDir, write_json_atomic
 from rlhf.store.checkpoints import newest
 from rlhf.store.files import disk_errors, remove
@@ -33,23 +32,23 @@ def run_step(
     launched = item.resolved.config.launch
     restarts, item = launched.max_restarts, _prepared(run, item)
     while True:
-        before, kills = execute.stamp(run, item.step), oom_kills()
+        before, kills = execute.stamp(run, item.stage), oom_kills()
         outcome = execute.launch(run, item, env, lock)
         try:
             return execute.prove_result(run, item, before, outcome), outcome
         except UserError as error:
-            if item.step == 3:
-                done, _ = execute.published_since(run, item.step, before)
+            if item.stage.evaluates:
+                done, _ = execute.published_since(run, item.stage, before)
                 if done:  # what failed is its evaluation: launch/evaluation.py
                     return done, outcome
-            records = failure.read_records(run.logs(item.step))
+            records = failure.read_records(run.logs(item.stage))
             memory = failure.is_memory(outcome, records, killed_counts=oom_kills() > kills)
             if any(record.exit_code in (2, 3) for record in records):
                 raise
-            done, _ = execute.published_since(run, item.step, before)
+            done, _ = execute.published_since(run, item.stage, before)
             if done and (restarts > 0 or (memory and launched.auto_batch)):
                 # What failed came after it: starting again would find the step done.
-                print(f"\n{error}\n\nstep {item.step}: its artifact had been published and "
+                print(f"\n{error}\n\n{item.stage}: its artifact had been published and "
                       "verifies, so it is done and not started again", flush=True)  # fmt: skip
                 return done, outcome
             if any(record.type == "Diverged" for record in records):
@@ -62,7 +61,7 @@ def run_step(
             else:
                 raise _with_checkpoint(run, item, error) from error
             item = _again(run, item)
-            print(f"\n{error}\n\nstep {item.step}: {why}; {_from(run, item)}", flush=True)
+            print(f"\n{error}\n\n{item.stage}: {why}; {_from(run, item)}", flush=True)
 
 
 def oom_kills() -> int:
@@ -79,15 +78,15 @@ def _prepared(run: RunDir, item: StepPlan) -> StepPlan:
     if item.fresh:
         if not item.spec.leads:  # another node's driver does it
             return _with_settings(item, {"checkpoint.resume": "auto"}, 1.0)
-        with disk_errors(run.resume(item.step)):
-            remove(run.resume(item.step))
+        with disk_errors(run.resume(item.stage)):
+            remove(run.resume(item.stage))
         return _with_settings(item, {"checkpoint.resume": "auto"}, 1.0)
     return item
 
 
 def _again(run: RunDir, item: StepPlan) -> StepPlan:
     """`always` would refuse where nothing is saved yet."""
-    if newest(run.resume(item.step)) is None:
+    if newest(run.resume(item.stage)) is None:
         return _with_settings(item, {"checkpoint.resume": "auto"})
     return item
 
@@ -96,12 +95,12 @@ def _rolled_back(run: RunDir, item: StepPlan, error: UserError) -> tuple[StepPla
     """Once: back to the last checkpoint with half the learning rate."""
     if item.resolved.learning_rate_scale != 1.0:
         raise StepFailed(
-            f"{error}\nstep {item.step} has diverged again after going back to a checkpoint with "
+            f"{error}\n{item.stage} has diverged again after going back to a checkpoint with "
             f"its learning rates times {item.resolved.learning_rate_scale}: it is not tried a "
             "third time. Look at metrics.jsonl before the end, and at the rows in diverged/"
         ) from error
     write_json_atomic(
-        run.resume(item.step) / RECOVERY,
+        run.resume(item.stage) / RECOVERY,
         {"learning_rate_scale": ROLLBACK_SCALE, "why": str(error)},
     )
     scaled = _with_settings(item, {}, ROLLBACK_SCALE)
@@ -110,10 +109,10 @@ def _rolled_back(run: RunDir, item: StepPlan, error: UserError) -> tuple[StepPla
 
 def _smaller(item: StepPlan, error: UserError) -> tuple[StepPlan, str]:
     """Half the micro-batch, by rows and by tokens; the optimiser's batch, so the result, stays."""
-    rows, resolved = BATCH_KEYS[item.step][1], item.resolved
+    rows, resolved = item.stage.micro_batch, item.resolved
     flat = flatten(resolved.config.model_dump())
     # More than a rank's share is never read at once: halving that would change nothing.
-    share = -(-rows_per_step(resolved.config, item.step) // resolved.world_size)
+    share = -(-rows_per_step(resolved.config, item.stage) // resolved.world_size)
     flat[rows] = min(int(flat[rows]), share)
     changes = {
         key: int(flat[key]) // 2
@@ -140,13 +139,13 @@ def _with_settings(
 
 
 def _from(run: RunDir, item: StepPlan) -> str:
-    found = newest(run.resume(item.step))
+    found = newest(run.resume(item.stage))
     return f"from checkpoint {found[0].name}" if found else "from its beginning (nothing was saved)"
 
 
 def _with_checkpoint(run: RunDir, item: StepPlan, error: UserError) -> UserError:
     """A failure, with what is not lost."""
-    found = newest(run.resume(item.step))
+    found = newest(run.resume(item.stage))
     if found is None or not isinstance(error, StepFailed):
         return error
     return StepFailed(f"{error}\nSaved: {found[0]}; the same command goes on from there")

@@ -53,7 +53,7 @@ def run_all(options: Options, main: Callable[[Sequence[str]], int]) -> int:
             failed[one.seed] = code
             if code > INTERRUPTED:  # a person stopped it: the same command goes on from here
                 return code
-    if not options.dry_run and 3 in options.steps:
+    if not options.dry_run and any(stage.evaluates for stage in options.stages):
         pool([one.run for one in asked if one.seed not in failed], pooled)
     for seed, code in failed.items():
         print(f"seed {seed} failed with exit code {code}: see above", file=sys.stderr)

@@ -1,6 +1,6 @@
 """What every step's process does around its `main(run)`: logs, phases, failure records, publishing.
 
-A step script is `if __name__ == "__main__": run_step(1, main)`.
+A stage's script is `if __name__ == "__main__": run_step("sft", main)`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rlhf.home import ensure_home
 from rlhf.lifeline import Lifeline, adopt_environment
 from rlhf.ranklog import RankLog, Tee
 from rlhf.redact import printable, redact, redact_tree
+from rlhf.stages import Stage
 from rlhf.store import MANIFEST, RunDir, publish, verify, write_json_atomic
 from rlhf.store.files import disk_errors, open_own, remove
 
@@ -70,15 +71,19 @@ class StepRun:
         return RunDir(Path(self.resolved.run_dir))
 
     @property
+    def stage(self) -> Stage:
+        return self.resolved.row
+
+    @property
     def step_dir(self) -> Path:
-        return self.directory.step_dir(self.resolved.step)
+        return self.directory.step_dir(self.stage)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Names what is going on, for the console, for error records and for timings."""
         self.phase_name, self.phase_began, self.can_save = name, time.perf_counter(), False
         stall.mark()
-        self.say(f"step {self.resolved.step}: {name}")
+        self.say(f"{self.stage}: {name}")
         yield
         self.phases = self.seconds_by_phase()
         self.phase_name, self.can_save = f"after {name}", False
@@ -101,7 +106,7 @@ class StepRun:
         """
         if kind not in self.resolved.parents:
             raise ArtifactError(
-                f"step {self.resolved.step} needs a {kind!r} artifact and was given none: run the "
+                f"{self.stage} needs a {kind!r} artifact and was given none: run the "
                 "step that makes it, or start this step through train.py, which finds it."
             )
         if self.rank == 0:
@@ -144,7 +149,7 @@ class StepRun:
             self.step_dir,
             write,
             kind=kind,
-            step=self.resolved.step,
+            step=self.stage.number,
             parents=self.parent_records(),
             data_fingerprint=data_fingerprint,
             data_sources=self.resolved.data_sources,
@@ -152,11 +157,9 @@ class StepRun:
             config=redact_tree(self.config.model_dump(mode="json")),
             metrics=metrics | {"seconds_by_phase": self.phases},
         )
-        self.say(
-            f"step {self.resolved.step}: published {kind} {manifest.id[:12]} in {self.step_dir}"
-        )
+        self.say(f"{self.stage}: published {kind} {manifest.id[:12]} in {self.step_dir}")
         # What is finished goes on from nothing.
-        remove(self.directory.resume(self.resolved.step))
+        remove(self.directory.resume(self.stage))
 
 
 class Stalled(Exception):
@@ -171,7 +174,7 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-def run_step(step: int, main: Callable[[StepRun], None]) -> None:
+def run_step(step: Stage | str | int, main: Callable[[StepRun], None]) -> None:
     """Runs `main` in one rank; ends the process with the exit code that the driver expects.
 
     A UserError ends with its own code and message; a signal to stop with 128 + its number; anything
@@ -188,7 +191,7 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
         sys.exit(error.exit_code)
     run = StepRun(resolved, rank)
     _take_signals(run)
-    logs = run.directory.logs(step)
+    logs = run.directory.logs(run.stage)
     failure = logs / f"rank{rank}.failure.json"
     try:
         with disk_errors(logs, RequirementError):

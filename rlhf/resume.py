@@ -59,7 +59,7 @@ class Keeper:
     ) -> None:
         self.run, self.engines, self.parts = run, dict(engines), dict(parts or {})
         self.settings = run.config.checkpoint
-        self.place = run.directory.resume(run.resolved.step)
+        self.place = run.directory.resume(run.stage)
         self.data_fingerprint = data_fingerprint
         self.metrics_bytes: int | None = None
         """Where metrics.jsonl ended at the checkpoint that was restored; None: a fresh start."""
@@ -103,7 +103,7 @@ class Keeper:
         for name, seconds in mine["phases"].items():
             self.run.phases[name] = self.run.phases.get(name, 0.0) + seconds
         self.run.say(
-            f"step {self.run.resolved.step}: going on from {path.name} "
+            f"{self.run.stage}: going on from {path.name} "
             f"({found['position']} done), saved {found['created']}"
         )
         self.run.can_save = True
@@ -132,7 +132,7 @@ class Keeper:
         if stop:
             self._wait()
             self.run.say(
-                f"step {self.run.resolved.step}: stopped by a signal after {position}; a "
+                f"{self.run.stage}: stopped by a signal after {position}; a "
                 "checkpoint was saved, the same command goes on from it"
             )
             raise Stopped(stop)
@@ -151,7 +151,7 @@ class Keeper:
     def _save(self, position: int, state: dict[str, Any], metrics_bytes: int) -> None:
         """Every rank writes its part; rank 0 then hashes and names the whole, in the background."""
         self._wait()
-        run, step = self.run, self.run.resolved.step
+        run, stage = self.run, self.run.stage
         made = checkpoints.begin(self.place, position) if run.rank == 0 else None
         temporary = Path(comm.broadcast_object(str(made)))
         with _removed_if_failed(temporary), disk_errors(self.place):
@@ -167,11 +167,11 @@ class Keeper:
         comm.barrier()
         if run.rank == 0:
             content = {
-                "step": step,
+                "step": stage.number,
                 "position": position,
                 "world_size": comm.world_size(),
                 "engines": {name: checkpoint.shape(e) for name, e in self.engines.items()},
-                "settings": redact_tree(decisive(jsonable(run.config), step)),
+                "settings": redact_tree(decisive(jsonable(run.config), stage)),
                 "parents": run.parent_ids(),
                 "data_fingerprint": self.data_fingerprint,
                 "data_sources": run.resolved.data_sources,
@@ -233,14 +233,14 @@ class Keeper:
         return answer
 
     def _refusal(self, path: Path, record: checkpoints.Checkpoint) -> str:
-        step = self.run.resolved.step
+        stage = self.run.stage
         fatal, changed = checkpoints.differences(
             record,
-            settings=redact_tree(decisive(jsonable(self.run.config), step)),
+            settings=redact_tree(decisive(jsonable(self.run.config), stage)),
             parents=self.run.parent_ids(),
             world_size=comm.world_size(),
         )
-        if record.step != step:
+        if record.step != stage.number:
             fatal.append(f"it is one of step {record.step}")
         if record.data_fingerprint != self.data_fingerprint:
             fatal.append("the training data was other data")

@@ -59,7 +59,7 @@ class Stragglers:
     @classmethod
     def of(cls, run: StepRun) -> Stragglers:
         """Those of a step."""
-        return cls(run.config.launch, run.directory.logs(run.resolved.step), run.say)
+        return cls(run.config.launch, run.directory.logs(run.stage), run.say)
 
     def skip(self) -> None:
         """What was done since the last lap belongs to no phase."""

@@ -46,7 +46,6 @@ def card_lines(figures: Figures, rows: StageData) -> list[str]:
 class Supervised:
     """What one of the steps does its own way."""
 
-    number: int
     title: str
     settings: TrainConfig
     plans: Plans
@@ -70,7 +69,7 @@ class Supervised:
             track.open_tracker(
                 run.config.track,
                 run.step_dir,
-                step=self.number,
+                step=run.stage.number,
                 rank=run.rank,
                 config=run.config.model_dump(mode="json"),
                 keep_bytes=keeper.metrics_bytes,

@@ -99,7 +99,7 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
     with comm.rank_zero_first():
         rows = data.prepare(
             run.config.data,
-            1,
+            run.stage,
             tokenizer,
             seed=run.config.seed,
             max_prompt_length=settings.max_prompt_length,
@@ -125,7 +125,6 @@ def supervised(
         return batch.to(engine.device)
 
     return Supervised(
-        1,
         "SFT",
         settings.train,
         plans,
@@ -199,4 +198,4 @@ def evaluate(run: StepRun, engine: TrainEngine, dataset: Any, pad_id: int) -> di
 
 
 if __name__ == "__main__":
-    run_step(1, main)
+    run_step("sft", main)

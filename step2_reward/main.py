@@ -116,7 +116,7 @@ def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
     with comm.rank_zero_first():
         rows = data.prepare(
             run.config.data,
-            2,
+            run.stage,
             tokenizer,
             seed=run.config.seed,
             max_prompt_length=settings.max_prompt_length,
@@ -164,7 +164,6 @@ def supervised(
         return f"held-out accuracy {found['accuracy']:.4f}, margin {found['margin']:.3f}"
 
     return Supervised(
-        2,
         "reward",
         settings.train,
         plans,
@@ -290,4 +289,4 @@ def _scores(
 
 
 if __name__ == "__main__":
-    run_step(2, main)
+    run_step("reward", main)

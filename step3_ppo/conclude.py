@@ -31,7 +31,7 @@ def publish(
             snapshots["actor_ema"] = models.Snapshot(roles.actor.module)
     if run.rank != 0:
         return
-    training = training_figures(read_metrics(run.directory.metrics(3)))
+    training = training_figures(read_metrics(run.directory.metrics(run.stage)))
     texts = cards(
         snapshots,
         algorithm=settings.algorithm,

@@ -178,7 +178,7 @@ def _publish(run: StepRun, held_out: data.StageData, answers: Answers, identity:
         write,
         name="evaluation",
         kind="evaluation",
-        step=3,
+        step=run.stage.number,
         parents={**run.parent_records(), "ppo": ppo},
         data_fingerprint=held_out.fingerprint,
         tokenizer_fingerprint=policy.tokenizer_fingerprint,
@@ -191,7 +191,7 @@ def _publish(run: StepRun, held_out: data.StageData, answers: Answers, identity:
     )
     (run.step_dir / UNJUDGED).unlink(missing_ok=True)
     said = "evaluated" if answers else "no held-out prompts, so no verdict"
-    run.say(f"step 3: {said}: {run.directory.artifact('evaluation')}")
+    run.say(f"{run.stage}: {said}: {run.directory.artifact('evaluation')}")
 
 
 def _judged(run: StepRun, judge: Judge | None, records: list[AnswerRecord]) -> list[AnswerRecord]:
@@ -240,4 +240,4 @@ def _amend_cards(run: StepRun, policy: Manifest, evaluation: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    run_step(3, main)
+    run_step("ppo", main)

@@ -23,6 +23,7 @@ from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
 from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
+from rlhf.stages import SFT
 from rlhf.stragglers import Stragglers
 from step3_ppo.answers import answer_ids
 from step3_ppo.cast import live_cast, metrics_of
@@ -90,7 +91,7 @@ def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
         track.open_tracker(
             run.config.track,
             run.step_dir,
-            step=3,
+            step=run.stage.number,
             rank=run.rank,
             config=run.config.model_dump(mode="json"),
             keep_bytes=keeper.metrics_bytes,
@@ -285,7 +286,7 @@ class Trainer:
         with comm.rank_zero_first():
             rows = data.prepare(
                 config.data,
-                1,
+                SFT,
                 self.tokenizer,
                 seed=config.seed,
                 max_prompt_length=config.step1.max_prompt_length,
@@ -309,4 +310,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    run_step(3, main)
+    run_step("ppo", main)

@@ -36,7 +36,7 @@ def read_prompts(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) 
     with comm.rank_zero_first():
         rows = data.prepare(
             run.config.data,
-            3,
+            run.stage,
             tokenizer,
             seed=run.config.seed,
             max_prompt_length=settings.max_prompt_length,

@@ -11,40 +11,15 @@ from rlhf.config.load import MODEL_NAMES, flatten, nest, with_values
 from rlhf.config.migrate import SCHEMA_VERSION
 from rlhf.config.names import absolute_if_local
 from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.config.trees import at
 from rlhf.errors import ConfigError
 from rlhf.redact import HIDDEN_SETTINGS, first_redacted
-
-# step -> setting left unset -> (parent, the parent's setting that it takes)
-INHERITS: dict[int, dict[str, tuple[str, str]]] = {
-    1: {},
-    2: {
-        "step2.max_prompt_length": ("sft", "step1.max_prompt_length"),
-        "step2.max_length": ("sft", "step1.max_length"),
-        "data.template": ("sft", "data.template"),
-    },
-    3: {
-        "step3.rollout.max_prompt_length": ("sft", "step1.max_prompt_length"),
-        "data.template": ("sft", "data.template"),
-    },
-}
-# step -> model name -> the parent whose model it takes when left unset
-MODEL_FROM: dict[int, dict[str, str]] = {
-    1: {},
-    2: {"step2.model.name": "sft"},
-    3: {"step3.actor.model.name": "sft", "step3.critic.model.name": "reward"},
-}
-STEP_OF = {"sft": "step 1", "reward": "step 2"}
-# What a batch is made of: step -> (rows per optimiser step, rows per forward pass and rank)
-BATCH_KEYS = {
-    1: ("step1.train.batch_size", "step1.train.micro_batch_size"),
-    2: ("step2.train.batch_size", "step2.train.micro_batch_size"),
-    3: ("step3.rollout.prompts", "step3.micro_batch_size"),
-}
+from rlhf.stages import Stage, get, maker_of
 
 
 def resolve_step(
     config: RunConfig,
-    step: int,
+    step: Stage | str | int,
     *,
     run_dir: Path,
     world_size: int = 1,
@@ -57,18 +32,20 @@ def resolve_step(
     parent's manifest, absent where it is made by this same run or is a foreign model.
     Raises ConfigError: a relation does not hold, a batch does not fit.
     """
+    stage = get(step)
     parents = dict(parents or {})
     refuse_redacted(config)
     config = absolute_paths(config)
-    changes, inherited = inherit(config, step, parent_configs or {})
+    changes, inherited = inherit(config, stage, parent_configs or {})
     try:
         config = with_values(config, changes)
     except ConfigError as error:
         lines = [f"{key} = {changes[key]!r} (inherited from {inherited[key]})" for key in inherited]
-        raise ConfigError(f"{error}; {', '.join(lines)}: set it for step {step} too") from None
-    check_batches(config, step, world_size)
+        raise ConfigError(f"{error}; {', '.join(lines)}: set it for {stage} too") from None
+    check_batches(config, stage, world_size)
     return ResolvedStep(
-        step=step,  # type: ignore[arg-type]
+        step=stage.number,
+        stage=stage.name,
         schema_version=SCHEMA_VERSION,
         run_dir=str(run_dir.absolute()),
         world_size=world_size,
@@ -82,21 +59,21 @@ def refuse_redacted(config: RunConfig) -> None:
     """Raises ConfigError for a setting whose secret was taken out when it was written down."""
     if name := first_redacted(config.model_dump()):
         raise ConfigError(
-            f"{name} = {_get(config, name)!r} has a secret in it that was not written down: give "
+            f"{name} = {at(config, name)!r} has a secret in it that was not written down: give "
             f"the real value (--{name} VALUE), or start the step through train.py, which passes "
             f"it on in the environment ({HIDDEN_SETTINGS}; on other hosts set that yourself)"
         )
 
 
 def inherit(
-    config: RunConfig, step: int, parent_configs: Mapping[str, Mapping[str, Any] | None]
+    config: RunConfig, stage: Stage, parent_configs: Mapping[str, Mapping[str, Any] | None]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(dotted key -> value, dotted key -> where from) of what the step leaves unset."""
     given = flatten(config.model_dump(exclude_unset=True))
     own = flatten(config.model_dump())
     changes: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for key, (parent, source) in INHERITS[step].items():
+    for key, (parent, source) in stage.inherits.items():
         if given.get(key) is not None:
             continue
         manifest = flatten(parent_configs.get(parent) or {})
@@ -104,7 +81,8 @@ def inherit(
         if key == source and changes[key] == own[source]:
             continue
         # A foreign model has no settings of ours: the run's own section for that step stands in.
-        ours = STEP_OF[parent] if parent in parent_configs else f"the {STEP_OF[parent]} section"
+        maker = str(maker_of(parent))
+        ours = maker if parent in parent_configs else f"the {maker} section"
         origins[key] = ours
     return changes, origins
 
@@ -113,9 +91,9 @@ def describe_inherited(resolved: ResolvedStep) -> list[str]:
     """Lines like `step2.max_length = 512 (inherited from step 1)`; the models included."""
     flat = flatten(resolved.config.model_dump())
     lines = [f"{key} = {flat[key]} (inherited from {o})" for key, o in resolved.inherited.items()]
-    for key, parent in MODEL_FROM[resolved.step].items():
+    for key, parent in resolved.row.model_from.items():
         if flat[key] is None and parent in resolved.parents:
-            lines.append(f"{key} = {resolved.parents[parent]} (inherited from {STEP_OF[parent]})")
+            lines.append(f"{key} = {resolved.parents[parent]} (inherited from {maker_of(parent)})")
     return lines
 
 
@@ -135,21 +113,18 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     return with_values(config, changes)
 
 
-def check_batches(config: RunConfig, step: int, world_size: int) -> None:
+def check_batches(config: RunConfig, stage: Stage, world_size: int) -> None:
     """Refuses batches that do not divide over the processes. Raises ConfigError."""
-    if step == 3:
+    _divides(stage.batch, at(config, stage.batch), world_size)
+    if stage.generates:
         rollout, ppo = config.step3.rollout, config.step3.ppo
-        _divides("step3.rollout.prompts", rollout.prompts, world_size)
         rows = rollout.prompts * rollout.samples_per_prompt // ppo.minibatches
         what = "answers per PPO minibatch (prompts x samples_per_prompt / minibatches)"
         if rows % world_size:
             raise ConfigError(
-                f"step 3: {rows} {what} do not divide over {world_size} processes. Change "
+                f"{stage}: {rows} {what} do not divide over {world_size} processes. Change "
                 f"step3.ppo.minibatches = {ppo.minibatches}, or use --num-gpus with a divisor"
             )
-        return
-    section = config.step1 if step == 1 else config.step2
-    _divides(f"step{step}.train.batch_size", section.train.batch_size, world_size)
 
 
 def _divides(key: str, rows: int, world_size: int) -> None:
@@ -163,27 +138,25 @@ def _divides(key: str, rows: int, world_size: int) -> None:
     )
 
 
-def accumulation(config: RunConfig, step: int, world_size: int) -> int:
+def accumulation(config: RunConfig, stage: Stage, world_size: int) -> int:
     """Forward passes per rank and optimiser step: rows / processes / micro-batch, rounded up."""
-    batch, micro = (_get(config, key) for key in BATCH_KEYS[step])
-    if step == 3:
-        batch = batch * config.step3.rollout.samples_per_prompt // config.step3.ppo.minibatches
-    return math.ceil(batch / world_size / micro)
+    return math.ceil(rows_per_step(config, stage) / world_size / at(config, stage.micro_batch))
 
 
-def _get(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def rows_per_step(config: RunConfig, stage: Stage) -> int:
+    """Rows of one optimiser step over all ranks."""
+    rows = int(at(config, stage.batch))
+    if stage.generates:
+        rows = rows * config.step3.rollout.samples_per_prompt // config.step3.ppo.minibatches
+    return rows
 
 
-def section_of(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+def section_of(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """What of a configuration decides a step's result: its own section, the data and the seed."""
-    flat = flatten({key: config.get(key, {}) for key in (f"step{step}", "data", "seed")})
+    flat = flatten({key: config.get(key, {}) for key in (stage.section, "data", "seed")})
     flat.pop("data.cache_dir", None)
     # How a trained policy is evaluated is no part of it, and evaluation can be repeated.
-    return nest({key: v for key, v in flat.items() if not key.startswith(f"step{step}.eval.")})
+    return nest({key: v for key, v in flat.items() if not key.startswith(f"{stage.section}.eval.")})
 
 
 # Settings of a step's own section that change what is printed, or rounding, but not the result.
@@ -200,8 +173,8 @@ _NOT_DECISIVE = (
 )
 
 
-def decisive(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+def decisive(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """Dotted name -> value, of the settings that must be the same to go on from a checkpoint."""
-    left_out = {f"step{step}.{name}" for name in _NOT_DECISIVE}
-    flat = flatten(section_of(config, step))
+    left_out = {f"{stage.section}.{name}" for name in _NOT_DECISIVE}
+    flat = flatten(section_of(config, stage))
     return {name: value for name, value in flat.items() if name not in left_out}

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from rlhf import stages
 from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.rows import RowsConfig
 from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
+from rlhf.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -334,6 +336,11 @@ class RunConfig(Section):
     name: str = doc("run", "The run's directory below output_dir.", pattern=r"^[\w+-][\w.+-]*$")
     output_dir: str = doc("output", "Where runs are kept.")
     seed: int = doc(1234, "Everything random derives from it.", ge=0, lt=2**31)
+    pipeline: list[str] = doc(
+        list(stages.DEFAULT_PIPELINE),
+        "The stages, in order, by name: `sft`, `reward`, `ppo` (rlhf/stages.py).",
+        min_length=1,
+    )
     launch: LaunchConfig = doc(LaunchConfig, "Processes.")
     hub: HubConfig = doc(HubConfig, "Hugging Face hub or a mirror of it.")
     data: DataConfig = doc(DataConfig, "Preference data.")
@@ -343,11 +350,20 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = doc(CheckpointConfig, "Checkpoints and resuming.")
     track: TrackConfig = doc(TrackConfig, "Metrics.")
 
+    @field_validator("pipeline")
+    @classmethod
+    def _stages(cls, value: list[str]) -> list[str]:
+        try:
+            return [stage.name for stage in stages.pipeline_of(value)]
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
 
 class ResolvedStep(Section):
     """What the driver hands to one step's processes, as `resolved.json`."""
 
-    step: Literal[1, 2, 3] = doc(1, "Which step.")
+    step: Positive = doc(1, "The stage's number.")
+    stage: str = doc("", "The stage's name; unset (an older release): the first of that number.")
     run_dir: str = doc("", "The run's directory, absolute.")
     world_size: Positive = doc(1, "Processes over all nodes.")
     parents: dict[str, str] = doc(
@@ -360,6 +376,11 @@ class ResolvedStep(Section):
         1.0, "Learning rates are multiplied by it: lower after the step has diverged once.", gt=0
     )
     config: RunConfig = doc(RunConfig, "The whole run's configuration.")
+
+    @property
+    def row(self) -> stages.Stage:
+        """All that is known of its kind of stage."""
+        return stages.get(self.stage or self.step)
 
 
 def _check_lengths(section: Any) -> Any:

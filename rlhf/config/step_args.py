@@ -18,15 +18,15 @@ from rlhf.config.migrate import migrated
 from rlhf.config.removed import remedy
 from rlhf.config.resolve import check_batches, refuse_redacted, resolve_step
 from rlhf.config.schema import ResolvedStep
-from rlhf.config.trees import flatten, nest
+from rlhf.config.trees import at, flatten, nest
 from rlhf.errors import ConfigError
 from rlhf.redact import HIDDEN_SETTINGS, reveal
+from rlhf.stages import STAGES, Stage, get
 
-PARENTS = ("sft", "reward")
 _SHARED = ("data.", "launch.", "hub.", "checkpoint.", "track.")
 
 
-def step_config(argv: Sequence[str], step: int) -> ResolvedStep:
+def step_config(argv: Sequence[str], step: Stage | str | int) -> ResolvedStep:
     """The configuration of a step script from its command line.
 
     `--config FILE` (the driver's resolved.json, or a recipe) and `--key value` or `--key=value`
@@ -34,6 +34,7 @@ def step_config(argv: Sequence[str], step: int) -> ResolvedStep:
     `--sft` and `--reward` name the parents. Launchers' `--local_rank` is taken and ignored.
     Raises ConfigError.
     """
+    stage = get(step)
     options, bare = split_options(argv)
     path: str | None = None
     values: dict[str, Any] = {}
@@ -43,22 +44,23 @@ def step_config(argv: Sequence[str], step: int) -> ResolvedStep:
             continue
         if name == "config":
             path = _single(name, given)
-        elif name in PARENTS:
+        elif name in {one.kind for known in STAGES.values() for one in known.needs}:
             parents[name] = _single(name, given)
         else:
-            key = find_key(name, step)
+            key = find_key(name, stage)
             values[key.name] = _value(key, given)
     for text in bare:
         raise ConfigError(f"{text!r}: not a setting; write --key value or key=value")
     if path is None:
         raise ConfigError(
-            f"--config is missing: step {step} reads its settings from the resolved.json that "
-            f"`python train.py --step {step}` writes into the run's directory, or from a recipe"
+            f"--config is missing: {stage} reads its settings from the resolved.json that "
+            f"`python train.py --step {stage.number}` writes into the run's directory, "
+            "or from a recipe"
         )
-    resolved = _load(Path(path), step, values, parents)
+    resolved = _load(Path(path), stage, values, parents)
     if world_size := os.environ.get("WORLD_SIZE"):
         resolved = resolved.model_copy(update={"world_size": int(world_size)})
-        check_batches(resolved.config, step, resolved.world_size)
+        check_batches(resolved.config, stage, resolved.world_size)
     return resolved
 
 
@@ -79,11 +81,11 @@ def split_options(argv: Sequence[str]) -> tuple[list[tuple[str, list[str]]], lis
     return options, bare
 
 
-def find_key(name: str, step: int) -> Key:
-    """The setting that `name` means in this step. Raises ConfigError if none or several."""
+def find_key(name: str, stage: Stage) -> Key:
+    """The setting that `name` means in this stage. Raises ConfigError if none or several."""
     if (exact := lookup(name)) is not None:
         return exact
-    section = f"step{step}."
+    section = f"{stage.section}."
     names = list(leaves())
     for group in (
         [n for n in names if n.startswith(section)],
@@ -94,7 +96,7 @@ def find_key(name: str, step: int) -> Key:
             return leaves()[found[0]]
         if found:
             raise ConfigError(
-                f"--{name} could mean several settings of step {step}: write one of "
+                f"--{name} could mean several settings of {stage}: write one of "
                 + ", ".join(f"--{choice}" for choice in found)
             )
     if remedy(name):
@@ -102,7 +104,7 @@ def find_key(name: str, step: int) -> Key:
     own = [n for n in names if n.startswith((section, *_SHARED)) or "." not in n]
     close = nearest(name, own, count=3)
     hint = f"did you mean {' or '.join(f'--{n}' for n in close)}?" if close else "see the schema"
-    raise ConfigError(f"--{name}: step {step} has no such setting; {hint}")
+    raise ConfigError(f"--{name}: {stage} has no such setting; {hint}")
 
 
 def _single(name: str, given: list[str]) -> str:
@@ -122,21 +124,25 @@ def _value(key: Key, given: list[str]) -> Any:
     return parse_value(given[0], key)
 
 
-def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]) -> ResolvedStep:
+def _load(
+    path: Path, stage: Stage, values: dict[str, Any], parents: dict[str, str]
+) -> ResolvedStep:
     content = _read(path)
     if "config" not in content:
         config = load_config(path, values)
-        missing = [name for name in PARENTS[: step - 1] if name not in parents]
-        if step == 2 and config.step2.model.name is not None:
-            missing = []
+        missing = [
+            need.kind
+            for need in stage.needs
+            if need.kind not in parents and not (need.spared_by and at(config, need.spared_by))
+        ]
         if missing:
             flags = " and ".join(f"--{name}" for name in missing)
             raise ConfigError(
-                f"{path} is a recipe: step {step} also needs {flags} "
+                f"{path} is a recipe: {stage} also needs {flags} "
                 "(an artifact directory, HF directory or hub id)"
             )
         run_dir = Path(config.output_dir) / config.name
-        return resolve_step(config, step, run_dir=run_dir, parents=parents)
+        return resolve_step(config, stage, run_dir=run_dir, parents=parents)
     content = reveal(content, _hidden_settings())
     if not isinstance(content["config"], dict):
         raise ConfigError(f"{path}: config = {content['config']!r:.60}: must be a mapping")
@@ -145,16 +151,18 @@ def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]
     config = with_values(build_config(settings, {"": str(path)}), values)
     refuse_redacted(config)
     unknown = sorted(content.keys() - ResolvedStep.model_fields.keys())
-    if unknown or content.get("step") != step:
-        what = f"has unknown keys {unknown}" if unknown else f"is for step {content.get('step')}"
-        raise ConfigError(f"{path} {what}: give step {step}'s resolved.json")
+    found = content.get("stage") or content.get("step")
+    if unknown or found not in (stage.name, stage.number):
+        other = STAGES.get(str(found), f"step {found}")
+        what = f"has unknown keys {unknown}" if unknown else f"is for {other}"
+        raise ConfigError(f"{path} {what}: give {stage}'s resolved.json")
     try:
         resolved = ResolvedStep(**content).model_copy(update={"config": config})
     except ValidationError as error:
         raise explain(error, {"": str(path)}) from None
     if parents:
         resolved = resolved.model_copy(update={"parents": {**resolved.parents, **parents}})
-    check_batches(config, step, resolved.world_size)
+    check_batches(config, stage, resolved.world_size)
     return resolved
 
 

@@ -35,5 +35,12 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def at(settings: Any, name: str) -> Any:
+    """The value of a dotted name in a configuration."""
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
 def _one(parts: Sequence[str], value: Any) -> dict[str, Any]:
     return {parts[0]: value if len(parts) == 1 else _one(parts[1:], value)}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jinja2
 
 from rlhf.config.schema import DataConfig, ResolvedStep
+from rlhf.config.trees import at
 from rlhf.data.shapes import shapes_of
 from rlhf.data.shapes.detect import FIRST_ROWS
 from rlhf.data.sources import BadRow, DataSet, open_data_sets
@@ -202,14 +203,15 @@ def stage_templates(
     first: Template | None = None
     for stage in stages:
         config, parent = stage.config, stage.parents.get("sft")
-        name = {1: config.step1.model.name, 2: config.step2.model.name}.get(stage.step) or parent
-        if stage.step == 1 and name is None:
+        row = stage.row
+        name = (at(config, row.base) if row.base else None) or parent
+        if name is None and not row.needs:
             name = "tiny:"
         own = own_template(name)
         if own == UNKNOWN and first is not None and name == parent:
             own = first.saved
         template = decide_template(config.data.template, own, prompts)
-        first = template if stage.step == 1 else first
+        first = template if row.makes == "sft" else first
         found.append(template)
     return found
 

@@ -1,4 +1,4 @@
-"""Samples to token ids, one function per step; what is cut or dropped is counted."""
+"""Samples to token ids, as a kind of stage reads them; what is cut or dropped is counted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from rlhf.data.sources.base import BadRow
 from rlhf.data.templates import Messages
 from rlhf.data.tokenizers import Encoder
 from rlhf.data.typed import unguarded
+from rlhf.stages import Rows
 from rlhf.text import normalised
 
 _IDS = pa.list_(pa.int32())
-SCHEMAS: dict[int, pa.Schema] = {
-    1: pa.schema({"prompt_ids": _IDS, "answer_ids": _IDS, "unlearned": _IDS}),
-    2: pa.schema(
+SCHEMAS: dict[Rows, pa.Schema] = {
+    "answers": pa.schema({"prompt_ids": _IDS, "answer_ids": _IDS, "unlearned": _IDS}),
+    "pairs": pa.schema(
         {
             "prompt_ids": _IDS,
             "chosen_ids": _IDS,
@@ -31,7 +32,7 @@ SCHEMAS: dict[int, pa.Schema] = {
             "prompt_key": pa.int64(),
         }
     ),
-    3: pa.schema({"prompt_ids": _IDS, "prompt": pa.string()}),
+    "prompts": pa.schema({"prompt_ids": _IDS, "prompt": pa.string()}),
 }
 _CHUNK = 1000
 Columns = dict[str, list[Any]]
@@ -40,7 +41,7 @@ Columns = dict[str, list[Any]]
 @dataclass(frozen=True)
 class Limits:
     """Lengths in tokens: of a prompt, of prompt and answer; what to do with longer prompts; which
-    assistant turns step 1 learns."""
+    assistant turns are learned where answers are imitated."""
 
     prompt: int
     total: int | None
@@ -48,11 +49,11 @@ class Limits:
     multi_turn: str = "last"
 
 
-def needed_answers(step: int, response_column: str, sample: Sample) -> tuple[str, ...]:
-    """The sample's answers that a step uses."""
-    if step == 2:
+def needed_answers(rows: Rows, response_column: str, sample: Sample) -> tuple[str, ...]:
+    """The sample's answers that are used where these rows are read."""
+    if rows == "pairs":
         return ("chosen", "rejected")
-    if step == 3:
+    if rows == "prompts":
         return ()
     if response_column != "auto":
         return (response_column,)
@@ -61,19 +62,19 @@ def needed_answers(step: int, response_column: str, sample: Sample) -> tuple[str
 
 def encode(
     samples: Sequence[tuple[Sample, tuple[str, ...]]],
-    step: int,
+    rows: Rows,
     encoder: Encoder,
     limits: Limits,
     report: DataReport,
     maker: SampleMaker,
 ) -> tuple[Columns, list[Sample]]:
-    """Columns of SCHEMAS[step] for samples with the names of the answers they are used for, and
+    """Columns of SCHEMAS[rows] for samples with the names of the answers they are used for, and
     the samples that they came from, cut as the columns are.
 
     `report.kept`, `.answers`, `.dropped`, `.bad` and `.truncated` are counted up. `maker` writes a
     conversation again that loses turns.
     """
-    columns: Columns = {name: [] for name in SCHEMAS[step].names}
+    columns: Columns = {name: [] for name in SCHEMAS[rows].names}
     kept: list[Sample] = []
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
@@ -93,7 +94,7 @@ def encode(
         for sample, names, prompt in fitting:
             ids = [next(answers) for _ in names]
             spans: list[int] = []
-            if step == 1 and limits.multi_turn == "all" and sample.source is not None:
+            if rows == "answers" and limits.multi_turn == "all" and sample.source is not None:
                 try:
                     prompt, ids[0], spans = _all_turns(sample, names[0], encoder, limits, maker)
                 except BadRow as reason:
@@ -101,7 +102,7 @@ def encode(
                     continue
             cut = _fit(prompt, ids, limits, report, sample.where)
             if cut is not None:
-                _append(columns, step, sample, prompt, cut, spans)
+                _append(columns, rows, sample, prompt, cut, spans)
                 report.kept += 1
                 kept.append(sample)
     return columns, kept
@@ -211,17 +212,17 @@ def _fit(
 
 def _append(
     columns: Columns,
-    step: int,
+    rows: Rows,
     sample: Sample,
     prompt: list[int],
     answers: list[list[int]],
     spans: list[int],
 ) -> None:
     columns["prompt_ids"].append(prompt)
-    if step == 1:
+    if rows == "answers":
         columns["answer_ids"].append(answers[0])
         columns["unlearned"].append(spans)
-    elif step == 2:
+    elif rows == "pairs":
         columns["chosen_ids"].append(answers[0])
         columns["rejected_ids"].append(answers[1])
         columns["margin"].append(sample.margin or 0.0)

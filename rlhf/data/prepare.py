@@ -25,6 +25,7 @@ from rlhf.data.split import Assignment, Keys, assign, draw
 from rlhf.data.templates import render
 from rlhf.data.tokenizers import Encoder, fingerprint
 from rlhf.errors import ConfigError, DataError, UserError
+from rlhf.stages import Stage, get
 
 if TYPE_CHECKING:
     import datasets
@@ -76,7 +77,7 @@ class StageData:
 @dataclass(frozen=True)
 class _Request:
     data: DataConfig
-    step: int
+    stage: Stage
     seed: int
     limits: Limits
     response_column: str
@@ -91,7 +92,7 @@ class _Found(NamedTuple):
 
 def prepare(
     data: DataConfig,
-    step: Literal[1, 2, 3],
+    step: Stage | str | int,
     tokenizer: Any,
     *,
     seed: int,
@@ -115,9 +116,10 @@ def prepare(
             f"max_length {max_length} must be more than max_prompt_length {max_prompt_length}: "
             "answers need room"
         )
-    total = max_length if step != 3 else None
+    stage = get(step)
+    total = None if stage.rows == "prompts" else max_length
     limits = Limits(max_prompt_length, total, data.long_prompts, data.multi_turn)
-    request = _Request(data, step, seed, limits, response_column, margins, split)
+    request = _Request(data, stage, seed, limits, response_column, margins, split)
     encoder = Encoder(tokenizer, data.template)
     sets = open_data_sets(data)
     root = cache.data_root(data.cache_dir)
@@ -149,11 +151,11 @@ def survey(
     data: DataConfig,
     sets: Sequence[DataSet],
     maker: SampleMaker,
-    steps: Sequence[tuple[int, str, bool]],
+    stages: Sequence[tuple[Stage, str, bool]],
     seed: int,
 ) -> Iterator[Share | UserError]:
-    """What `prepare` will give each of the steps (step, response column, needs margins), without a
-    tokenizer: rows that only turn out too long once they are tokenised still count.
+    """What `prepare` will give each of the stages (stage, response column, needs margins), without
+    a tokenizer: rows that only turn out too long once they are tokenised still count.
 
     Yields the error that `prepare` would raise in the place of a step that has no rows. Raises
     UserError for data that cannot be read.
@@ -162,9 +164,9 @@ def survey(
     limits = Limits(0, None, data.long_prompts, data.multi_turn)
     rows, keys = _read(data, sets, maker, lambda row: row, whole)
     assigned = assign(keys, data.split, data.eval_fraction, seed)
-    for step, response_column, margins in steps:
+    for stage, response_column, margins in stages:
         report = copy.deepcopy(whole)
-        request = _Request(data, step, seed, limits, response_column, margins, "train")
+        request = _Request(data, stage, seed, limits, response_column, margins, "train")
         held = replace(request, split="eval")
         try:
             used = _usable(_select(request, rows, assigned, report), request, report)
@@ -203,7 +205,7 @@ def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[Dat
         "tokenizer": fingerprint(tokenizer),
         "template": encoder.template,
         "data": data,
-        "step": request.step,
+        "step": request.stage.number,
         "seed": request.seed,
         "limits": [request.limits.prompt, request.limits.total],
         "response_column": request.response_column,
@@ -235,7 +237,7 @@ def _build(
     selected = _select(request, samples, assigned, report)
     used = _usable(selected, request, report)
     _check(request, report, only_bad=True)
-    columns, kept = encode(used, request.step, encoder, request.limits, report, maker)
+    columns, kept = encode(used, request.stage.rows, encoder, request.limits, report, maker)
     _check(request, report)
     # Test rows that are prompts alone serve step 3; the others measure nothing, and say so.
     if request.split == "eval" and not kept and (used or not selected):
@@ -246,9 +248,9 @@ def _build(
         "report": report.to_dict(),
         "fingerprint": sha256(json.dumps(columns)),
         "held_out": vars(held_out),
-        "step": request.step,
+        "step": request.stage.number,
     }
-    cache.store(root, key, columns, SCHEMAS[request.step], info)
+    cache.store(root, key, columns, SCHEMAS[request.stage.rows], info)
 
 
 def _read(
@@ -307,7 +309,7 @@ def _select(
     brought = {row.sample.key for row in rows if row.held_out}
     wanted: Collection[str] = assigned.held_out
     if request.split == "train":
-        wanted = {key for key, step in assigned.steps.items() if step == request.step}
+        wanted = {key for key, share in assigned.shares.items() if share == request.stage.share}
     limit = data.max_eval_rows if request.split == "eval" else data.max_train_rows
     by_key: dict[str, list[Sample]] = {}
     for row in rows:
@@ -334,7 +336,7 @@ def _usable(
     """
     used = []
     for sample in samples:
-        names = needed_answers(request.step, request.response_column, sample)
+        names = needed_answers(request.stage.rows, request.response_column, sample)
         texts = [getattr(sample, name) for name in names]
         columns = [request.data.columns.get(name, name) for name in names]
         lacking = [c for c, text in zip(columns, texts, strict=True) if text is None]
@@ -361,7 +363,7 @@ def _check(request: _Request, report: DataReport, *, only_bad: bool = False) -> 
         return
     details = "\n  ".join(report.lines())
     raise DataError(
-        f"step {request.step} has no training rows left (data.path {request.data.path}, "
+        f"{request.stage} has no training rows left (data.path {request.data.path}, "
         f"data.split {request.data.split}); give more data, a larger share, or mend what this "
         f"says:\n  {details}"
     )
@@ -385,7 +387,7 @@ def _check_asked_for(
     leave_out = "take the test split out of data.path and " if brings else ""
     details = "\n  ".join(report.lines())
     raise DataError(
-        f"step {request.step} has no held-out rows to be measured on: {why}. Bring more {more}, or "
+        f"{request.stage} has no held-out rows to be measured on: {why}. Bring more {more}, or "
         f"mend what is said below; for a run that measures nothing, {leave_out}set "
         f"data.eval_fraction=0. data.path {data.path}:\n  {details}"
     )

@@ -45,7 +45,7 @@ from rlhf.redact import redact
 FIRST_ROWS = 20
 SHOWN_ROWS = 2
 SHOWN_CHARACTERS = 200
-NONE_USABLE = "step {} can use none of the first rows"
+NONE_USABLE = "{} can use none of the first rows"
 # Rows are counted where that takes no more than a second or two.
 COUNTED_BYTES = 64 * 10**6
 
@@ -89,7 +89,7 @@ def look(stages: Sequence[ResolvedStep], download: bool = False) -> Preview:
     counted = _surveyed(stages, sets, templates, found)
     for stage, template, lines in zip(stages, templates, rows, strict=True):
         said = [f"chat template: {template.sentence}"] if template else []
-        said += counted.get(stage.step, [])
+        said += counted.get(stage.row.name, [])
         found.stages.append({"step": stage.step, "lines": [*said, *lines]})
     if refused is not None:  # last: of a fault of the rows the stage knows the remedy
         _add(found, Problem("data.template", str(refused), "", refused.exit_code))
@@ -136,8 +136,8 @@ def _surveyed(
     sets: Sequence[DataSet],
     templates: Sequence[Template | None],
     found: Preview,
-) -> dict[int, list[str]]:
-    """Step -> how its rows are read and split; a problem where a step would have none.
+) -> dict[str, list[str]]:
+    """Stage -> how its rows are read and split; a problem where a step would have none.
 
     Large data is left to the steps themselves.
     """
@@ -148,13 +148,13 @@ def _surveyed(
     data = stages[0].config.data
     asked = [
         (
-            stage.step,
+            stage.row,
             stage.config.step1.response_column,
-            stage.step == 2 and stage.config.step2.margin == "column",
+            stage.row.rows == "pairs" and stage.config.step2.margin == "column",
         )
         for stage in stages
     ]
-    lines: dict[int, list[str]] = {}
+    lines: dict[str, list[str]] = {}
     try:
         maker = _maker(data, templates[0])
         shares = list(survey(data, sets, maker, asked, stages[0].config.seed))
@@ -162,13 +162,13 @@ def _surveyed(
         return {}  # of the first rows too: told there, with a remedy
     for stage, share in zip(stages, shares, strict=True):
         if isinstance(share, UserError):
-            if not any(NONE_USABLE.format(stage.step) in one.found for one in found.problems):
+            if not any(NONE_USABLE.format(stage.row) in one.found for one in found.problems):
                 _add(found, Problem("data", str(share), "", share.exit_code))
             continue
         told = f"{share.training:,} training rows; {share.held_out.line()}"
-        if not share.held_out.rows and stage.step == 3:
+        if not share.held_out.rows and stage.row.evaluates:
             told += ", and there is no verdict"
-        lines[stage.step] = [told, *share.report.lines()]
+        lines[stage.row.name] = [told, *share.report.lines()]
     return lines
 
 
@@ -210,7 +210,7 @@ def _part(
     stage: ResolvedStep, part: Part, reader: Reader, maker: SampleMaker, found: Preview
 ) -> list[str]:
     """Lines for a person; a problem if none of the part's first rows can be used."""
-    lines = [f"{part.name}: the first rows for step {stage.step}"]
+    lines = [f"{part.name}: the first rows for {stage.row}"]
     reasons: list[tuple[str, str]] = []
     columns: dict[str, None] = {}
     made = 0
@@ -245,7 +245,7 @@ def _sample(
         raise row
     sample = next(maker(one, where) for one in reader(row))
     mapping = stage.config.data.columns
-    for name in needed_answers(stage.step, stage.config.step1.response_column, sample):
+    for name in needed_answers(stage.row.rows, stage.config.step1.response_column, sample):
         if getattr(sample, name) is None:
             raise BadRow(sample.lacks or f"column {mapping.get(name, name)!r} is missing")
     return sample
@@ -257,7 +257,7 @@ def _unusable(
     where, reason = first
     mapping = stage.config.data.columns
     absent = [key for key, column in mapping.items() if column not in columns]
-    found = f"{NONE_USABLE.format(stage.step)}: {where}: {reason}"
+    found = f"{NONE_USABLE.format(stage.row)}: {where}: {reason}"
     if not columns:
         return Problem("data.path", found, "mend the file", 3)
     if absent:
@@ -270,10 +270,11 @@ def _unusable(
     ours = next((key for key, column in mapping.items() if column == missing), missing)
     free = [name for name in columns if name not in mapping.values()]
     close = nearest(missing, free) if missing else []
-    if stage.step == 2 and ours in ("chosen", "rejected") and not close:
+    if stage.row.rows == "pairs" and ours in ("chosen", "rejected") and not close:
         remedy = (
-            "step 2 needs pairs: name the columns of both answers (data.columns.chosen=COLUMN "
-            "data.columns.rejected=COLUMN), bring such rows, or run --step 1 alone"
+            f"{stage.row} needs pairs: name the columns of both answers "
+            "(data.columns.chosen=COLUMN data.columns.rejected=COLUMN), bring such "
+            "rows, or run --step 1 alone"
         )
         return Problem("data.columns", found, remedy, 3)
     if not ours or "is missing" not in reason:
@@ -284,11 +285,11 @@ def _unusable(
 
 def _shown(sample: Sample, stage: ResolvedStep) -> Iterator[str]:
     """What the step reads of a row, what it learns from, and where EOS is put."""
-    learned = stage.step == 1 and stage.config.step1.prompt_loss
+    learned = stage.row.rows == "answers" and stage.config.step1.prompt_loss
     yield f"  prompt   {_short(sample.prompt)}  [{'learned too' if learned else 'read'}]"
-    names = needed_answers(stage.step, stage.config.step1.response_column, sample)
+    names = needed_answers(stage.row.rows, stage.config.step1.response_column, sample)
     for name in names:
-        use = "learned" if stage.step == 1 else "scored"
+        use = "learned" if stage.row.rows == "answers" else "scored"
         yield f"  {name:8} {_short(getattr(sample, name) or '')} + EOS  [{use}]"
     if not names:
         yield "  answer   the policy writes it"

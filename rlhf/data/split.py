@@ -34,13 +34,13 @@ class Keys:
 class Assignment:
     """What becomes of each content key.
 
-    held_out: to be evaluated on. steps: training key -> its step (1, 2, 3). left_out: of a test
-    split, because their prompts are trained on and there are enough others. trained: the prompts'
-    keys of all steps' training rows.
+    held_out: to be evaluated on. shares: training key -> the share (1, 2, ...) that it is in.
+    left_out: of a test split, because their prompts are trained on and there are enough others.
+    trained: the prompts' keys of all shares' rows.
     """
 
     held_out: frozenset[str]
-    steps: Mapping[str, int]
+    shares: Mapping[str, int]
     left_out: frozenset[str]
     trained: frozenset[str]
 
@@ -87,17 +87,17 @@ def assign(
         )
     prompts = {key: prompt for one in sets for key, prompt in one.train.items()}
     withheld = brought | {key for key, prompt in prompts.items() if prompt in kept_back}
-    steps: dict[str, int] = {}
+    share_of: dict[str, int] = {}
     for one in sets:
-        own = draw(one.train.keys() - withheld - steps.keys(), seed, "step")
+        own = draw(one.train.keys() - withheld - share_of.keys(), seed, "step")
         bounds = [0, *(round(len(own) * s / sum(shares)) for s in accumulate(shares))]
-        for step, (start, end) in enumerate(pairwise(bounds), 1):
-            steps.update(dict.fromkeys(own[start:end], step))
-    trained = {prompts[key] for key in steps}
+        for number, (start, end) in enumerate(pairwise(bounds), 1):
+            share_of.update(dict.fromkeys(own[start:end], number))
+    trained = {prompts[key] for key in share_of}
     tested = set[str]().union(*(_tested(one, trained) for one in sets))
     return Assignment(
         held_out=frozenset(withheld - brought | tested),
-        steps=steps,
+        shares=share_of,
         left_out=frozenset(brought - tested),
         trained=frozenset(trained),
     )

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from rlhf.config.resolve import accumulation
+from rlhf.config.resolve import accumulation, rows_per_step
 from rlhf.config.schema import RunConfig
+from rlhf.config.trees import at
 from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
 from rlhf.plan.memory import StepMemory, step_memory
 from rlhf.plan.roles import Ranks, Shapes, dtype_of
 from rlhf.plan.time import StepTime, step_time
+from rlhf.stages import Stage
 
 HEADROOM = 0.9  # of a device's memory may be planned: fragments, and the plan's own error
 MOST_CHANGES = 5
@@ -43,12 +45,12 @@ class Change:
     cost: int = TIME_ONLY
 
 
-def as_it_runs(config: RunConfig, step: int, shapes: Shapes, machine: Machine) -> RunConfig:
+def as_it_runs(config: RunConfig, stage: Stage, shapes: Shapes, machine: Machine) -> RunConfig:
     """`rollout.gather: auto` as the step decides it: whole where that fits, else layer by layer."""
-    if step < 3 or config.step3.rollout.gather != "auto":
+    if not stage.generates or config.step3.rollout.gather != "auto":
         return config
-    layers = list(_layer_by_layer(config, step))
-    if not layers or fits(step_memory(config, step, shapes, machine.ranks), machine):
+    layers = list(_layer_by_layer(config, stage))
+    if not layers or fits(step_memory(config, stage, shapes, machine.ranks), machine):
         return config
     return apply(config, layers)
 
@@ -61,20 +63,20 @@ def fits(memory: StepMemory, machine: Machine) -> bool:
 
 
 def advise(
-    config: RunConfig, step: int, shapes: Shapes, machine: Machine
+    config: RunConfig, stage: Stage, shapes: Shapes, machine: Machine
 ) -> tuple[Change, ...] | None:
     """The changes that make a step fit; None where none of ours do.
 
     Changes that cost only time come before those that change rounding (bfloat16), and these before
     those that train another way (adapters). Then the fewest, then those with the least time.
     """
-    options = list(possible(config, step, machine))
+    options = list(possible(config, stage, machine))
     for cost in (TIME_ONLY, ROUNDING, METHOD):
         allowed = [change for change in options if change.cost <= cost]
         # Offloading is the strongest for the GPU and the worst for the RAM: with and without it.
         spared = [change for change in allowed if "offload" not in change.words]
         if not any(
-            _fits_with(config, step, shapes, machine, _strongest(some))
+            _fits_with(config, stage, shapes, machine, _strongest(some))
             for some in (allowed, spared)
         ):
             continue
@@ -82,33 +84,33 @@ def advise(
             fitting = [
                 changes
                 for changes in _sets(allowed, count)
-                if _fits_with(config, step, shapes, machine, changes)
+                if _fits_with(config, stage, shapes, machine, changes)
             ]
             if fitting:
-                return min(fitting, key=lambda c: _seconds(config, step, shapes, machine, c))
+                return min(fitting, key=lambda c: _seconds(config, stage, shapes, machine, c))
     return None
 
 
 def fastest(
-    config: RunConfig, step: int, shapes: Shapes, machine: Machine
+    config: RunConfig, stage: Stage, shapes: Shapes, machine: Machine
 ) -> tuple[Change, ...] | None:
     """Of all sets of changes that cost only time, the one that fits with the least of it; else
     as `advise`."""
-    allowed = [c for c in possible(config, step, machine) if c.cost == TIME_ONLY]
+    allowed = [c for c in possible(config, stage, machine) if c.cost == TIME_ONLY]
     fitting = [
         changes
         for count in range(MOST_CHANGES + 1)
         for changes in _sets(allowed, count)
-        if _fits_with(config, step, shapes, machine, changes)
+        if _fits_with(config, stage, shapes, machine, changes)
     ]
     if not fitting:
-        return advise(config, step, shapes, machine)
-    return min(fitting, key=lambda c: (_seconds(config, step, shapes, machine, c), len(c)))
+        return advise(config, stage, shapes, machine)
+    return min(fitting, key=lambda c: (_seconds(config, stage, shapes, machine, c), len(c)))
 
 
-def most_sparing(config: RunConfig, step: int, machine: Machine) -> tuple[Change, ...]:
+def most_sparing(config: RunConfig, stage: Stage, machine: Machine) -> tuple[Change, ...]:
     """All that could be changed to save memory, each kind at its strongest."""
-    return _strongest(list(possible(config, step, machine)))
+    return _strongest(list(possible(config, stage, machine)))
 
 
 def apply(config: RunConfig, changes: Iterable[Change]) -> RunConfig:
@@ -125,34 +127,34 @@ def _changed(section: Any, path: Sequence[str], value: Any) -> Any:
     return section.model_copy(update={path[0]: value})
 
 
-def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]:
+def possible(config: RunConfig, stage: Stage, machine: Machine) -> Iterator[Change]:
     """Single changes that save memory; at most one of each kind is used."""
     world, on_cpu = machine.ranks.world, machine.ranks.on_cpu
-    yield from _smaller_batches(config, step, world)
-    yield from _layer_by_layer(config, step)
-    for change in _more_zero(config, step, world, on_cpu):
+    yield from _smaller_batches(config, stage, world)
+    yield from _layer_by_layer(config, stage)
+    for change in _more_zero(config, stage, world, on_cpu):
         yield change
-        if _shards_policy(change) and _can_go_by_layers(config, step):
+        if _shards_policy(change) and _can_go_by_layers(config, stage):
             yield _by_layers_too(change)
-    models = _models(config, step)
+    models = _models(config, stage)
     plain = [name for name, model in models.items() if not model.gradient_checkpointing]
     if plain:
         yield Change("checkpointing", "gradient checkpointing",
                      {f"{name}.gradient_checkpointing": True for name in plain})  # fmt: skip
     if not on_cpu:
-        for stage in (2, 3):
+        for zero in (2, 3):
             values: dict[str, Any] = {}
-            for name, engine in _engines(config, step).items():
+            for name, engine in _engines(config, stage).items():
                 if engine.offload == "none":
-                    values[f"{name}.zero_stage"] = max(stage, engine.zero_stage)
+                    values[f"{name}.zero_stage"] = max(zero, engine.zero_stage)
                     values[f"{name}.offload"] = "cpu"
-            if stage == 3 and step == 3:
+            if zero == 3 and stage.generates:
                 values["step3.reference_engine.zero_stage"] = 3
                 values["step3.reference_engine.offload"] = "cpu"
             if values:
-                change = Change("zero", f"ZeRO {stage} with optimiser offload to RAM", values)
+                change = Change("zero", f"ZeRO {zero} with optimiser offload to RAM", values)
                 yield change
-                if _shards_policy(change) and _can_go_by_layers(config, step):
+                if _shards_policy(change) and _can_go_by_layers(config, stage):
                     yield _by_layers_too(change)
     wide = [name for name, model in models.items() if dtype_of(model, on_cpu) == "float32"]
     if wide:
@@ -162,58 +164,47 @@ def possible(config: RunConfig, step: int, machine: Machine) -> Iterator[Change]
         yield Change("lora", "LoRA r=16", {f"{n}.lora.rank": 16 for n in whole}, METHOD)
 
 
-def rows_per_step(config: RunConfig, step: int) -> int:
-    """Rows of one optimiser step over all ranks."""
-    rl = config.step3
-    if step == 3:
-        return rl.rollout.prompts * rl.rollout.samples_per_prompt // rl.ppo.minibatches
-    return (config.step1 if step == 1 else config.step2).train.batch_size
-
-
-def _smaller_batches(config: RunConfig, step: int, world: int) -> Iterator[Change]:
-    key = "step3.micro_batch_size" if step == 3 else f"step{step}.train.micro_batch_size"
+def _smaller_batches(config: RunConfig, stage: Stage, world: int) -> Iterator[Change]:
     # A micro-batch is never larger than a rank's share of an optimiser step.
-    rows, size = rows_per_step(config, step), config.step3.micro_batch_size
-    if step < 3:
-        size = (config.step1 if step == 1 else config.step2).train.micro_batch_size
+    rows, size = rows_per_step(config, stage), int(at(config, stage.micro_batch))
     size = min(size, max(rows // world, 1))
     while size > 1:
         size //= 2
-        values = {key: size}
-        if step < 3:
-            values[f"step{step}.train.eval_batch_size"] = size
-        passes = accumulation(apply(config, [Change("", "", values)]), step, world)
+        values = {stage.micro_batch: size}
+        if not stage.generates:
+            values[f"{stage.section}.train.eval_batch_size"] = size
+        passes = accumulation(apply(config, [Change("", "", values)]), stage, world)
         words = f"micro-batch {size} with accumulation {passes}"
         yield Change("micro", words, values)
     rollout = config.step3.rollout
     rows = min(rollout.batch_size, max(rollout.prompts * rollout.samples_per_prompt // world, 1))
-    while step == 3 and rows > max(8, config.step3.rollout.samples_per_prompt):
+    while stage.generates and rows > max(8, config.step3.rollout.samples_per_prompt):
         rows //= 2
         yield Change("rollout", f"{rows} rows generated at once",
                      {"step3.rollout.batch_size": rows})  # fmt: skip
 
 
-def _more_zero(config: RunConfig, step: int, world: int, on_cpu: bool) -> Iterator[Change]:
+def _more_zero(config: RunConfig, stage: Stage, world: int, on_cpu: bool) -> Iterator[Change]:
     if world == 1:
         return
-    engines = _engines(config, step)
+    engines = _engines(config, stage)
     running = {
         name: effective_stage(engine, dtype_of(model, on_cpu))
         for (name, engine), model in zip(
-            engines.items(), _models(config, step).values(), strict=True
+            engines.items(), _models(config, stage).values(), strict=True
         )
     }
-    for stage in (1, 2, 3):
-        lower = {name: engine for name, engine in engines.items() if running[name] < stage}
-        if step < 3 and lower:
-            yield Change("zero", f"ZeRO {stage}", {f"step{step}.engine.zero_stage": stage})
-        if step < 3 or not lower:
+    for zero in (1, 2, 3):
+        lower = {name: engine for name, engine in engines.items() if running[name] < zero}
+        values: dict[str, Any] = {f"{name}.zero_stage": zero for name in lower}
+        if lower and not stage.generates:
+            yield Change("zero", f"ZeRO {zero}", values)
+        if not lower or not stage.generates:
             continue
         if "step3.actor.engine" in lower:
-            yield Change("zero", f"actor ZeRO {stage}", {"step3.actor.engine.zero_stage": stage})
-        values: dict[str, Any] = {f"{name}.zero_stage": stage for name in lower}
-        yield Change("zero", f"actor and critic ZeRO {stage}", values)
-    if step == 3 and config.step3.reference_engine.zero_stage != 3:
+            yield Change("zero", f"actor ZeRO {zero}", {"step3.actor.engine.zero_stage": zero})
+        yield Change("zero", f"actor and critic ZeRO {zero}", values)
+    if stage.generates and config.step3.reference_engine.zero_stage != 3:
         values = {f"{name}.zero_stage": 3 for name in engines}
         values["step3.reference_engine.zero_stage"] = 3
         yield Change("zero", "ZeRO 3 for all four models", values)
@@ -221,13 +212,13 @@ def _more_zero(config: RunConfig, step: int, world: int, on_cpu: bool) -> Iterat
                      {"step3.reference_engine.zero_stage": 3})  # fmt: skip
 
 
-def _can_go_by_layers(config: RunConfig, step: int) -> bool:
+def _can_go_by_layers(config: RunConfig, stage: Stage) -> bool:
     rollout = config.step3.rollout
-    return step == 3 and rollout.engine == "continuous" and rollout.gather != "never"
+    return stage.generates and rollout.engine == "continuous" and rollout.gather != "never"
 
 
-def _layer_by_layer(config: RunConfig, step: int) -> Iterator[Change]:
-    if _can_go_by_layers(config, step) and config.step3.actor.engine.zero_stage == 3:
+def _layer_by_layer(config: RunConfig, stage: Stage) -> Iterator[Change]:
+    if _can_go_by_layers(config, stage) and config.step3.actor.engine.zero_stage == 3:
         yield Change("gather", BY_LAYERS, {GATHER: "never"})
 
 
@@ -239,18 +230,12 @@ def _by_layers_too(change: Change) -> Change:
     return Change(change.kind, f"{change.words}, {BY_LAYERS}", {**change.values, GATHER: "never"})
 
 
-def _models(config: RunConfig, step: int) -> dict[str, Any]:
-    rl = config.step3
-    if step == 3:
-        return {"step3.actor.model": rl.actor.model, "step3.critic.model": rl.critic.model}
-    return {f"step{step}.model": (config.step1 if step == 1 else config.step2).model}
+def _models(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    return {f"{place}.model": at(config, place).model for place in stage.models}
 
 
-def _engines(config: RunConfig, step: int) -> dict[str, Any]:
-    rl = config.step3
-    if step == 3:
-        return {"step3.actor.engine": rl.actor.engine, "step3.critic.engine": rl.critic.engine}
-    return {f"step{step}.engine": (config.step1 if step == 1 else config.step2).engine}
+def _engines(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    return {f"{place}.engine": at(config, place).engine for place in stage.models}
 
 
 def _sets(options: Sequence[Change], count: int) -> Iterator[tuple[Change, ...]]:
@@ -266,18 +251,22 @@ def _strongest(options: Sequence[Change]) -> tuple[Change, ...]:
 
 
 def _fits_with(
-    config: RunConfig, step: int, shapes: Shapes, machine: Machine, changes: Sequence[Change]
+    config: RunConfig, stage: Stage, shapes: Shapes, machine: Machine, changes: Sequence[Change]
 ) -> bool:
-    return fits(step_memory(apply(config, changes), step, shapes, machine.ranks), machine)
+    return fits(step_memory(apply(config, changes), stage, shapes, machine.ranks), machine)
 
 
 def _seconds(
-    config: RunConfig, step: int, shapes: Shapes, machine: Machine, changes: Sequence[Change]
+    config: RunConfig, stage: Stage, shapes: Shapes, machine: Machine, changes: Sequence[Change]
 ) -> float:
-    return time_with(config, step, shapes, machine, changes).seconds
+    return time_with(config, stage, shapes, machine, changes).seconds
 
 
 def time_with(
-    config: RunConfig, step: int, shapes: Shapes, machine: Machine, changes: Sequence[Change] = ()
+    config: RunConfig,
+    stage: Stage,
+    shapes: Shapes,
+    machine: Machine,
+    changes: Sequence[Change] = (),
 ) -> StepTime:
-    return step_time(apply(config, changes), step, shapes, machine.ranks, machine.speeds)
+    return step_time(apply(config, changes), stage, shapes, machine.ranks, machine.speeds)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rlhf.config.schema import RunConfig
 from rlhf.plan.roles import Ranks, Role, Shapes, ppo_roles, step_role
+from rlhf.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class StepDisk:
         return self.kept * self.checkpoint
 
 
-def step_disk(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> StepDisk:
+def step_disk(config: RunConfig, stage: Stage, shapes: Shapes, ranks: Ranks) -> StepDisk:
     """`config` as the step gets it (`resolve_step`)."""
     kept = config.checkpoint.keep_last + 1
-    if step < 3:
-        role = step_role(config, step, shapes, ranks)
+    if not stage.generates:
+        role = step_role(config, stage, shapes, ranks)
         return StepDisk(published(role), saved(role), kept)
     roles = [role for role in ppo_roles(config, shapes, ranks).values() if role.trains]
     artifact, checkpoint = sum(map(published, roles)), sum(map(saved, roles))

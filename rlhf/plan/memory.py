@@ -8,10 +8,12 @@ from typing import Any
 
 from rlhf.config.resolve import accumulation
 from rlhf.config.schema import EngineConfig, ModelConfig, RunConfig
+from rlhf.config.trees import at
 from rlhf.plan.activations import Batch, forward_bytes, logits_bytes, saved_bytes
 from rlhf.plan.engines import Parts, effective_stage
 from rlhf.plan.roles import Ranks, Role, Shapes, dtype_of, ppo_roles, shares_base, step_role
 from rlhf.plan.rollout import generation, sampling, vllm_parts
+from rlhf.stages import Stage
 
 # What a process holds on a CPU besides tensors once it trains, over its size after the imports:
 # allocator, thread and kernel buffers. Measured: `python -m benchmarks.plan --baseline`.
@@ -26,7 +28,7 @@ GPU_FRAMEWORK = 2.0e9
 class StepMemory:
     """Bytes of one rank of one step, by moment."""
 
-    step: int
+    stage: Stage
     moments: dict[str, Parts]
 
     @property
@@ -45,29 +47,26 @@ class StepMemory:
         return max(parts.host for parts in self.moments.values())
 
 
-def step_memory(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> StepMemory:
-    """What a rank of this step holds. `config` as the step gets it (`resolve_step`)."""
-    if step == 3:
+def step_memory(config: RunConfig, stage: Stage, shapes: Shapes, ranks: Ranks) -> StepMemory:
+    """What a rank of this stage holds. `config` as the stage gets it (`resolve_step`)."""
+    if stage.generates:
         moments = _ppo(config, shapes, ranks)
     else:
-        moments = _supervised(config, step, shapes, ranks)
+        moments = _supervised(config, stage, shapes, ranks)
     base = Parts(framework=GPU_FRAMEWORK)
     if ranks.on_cpu:
         zero = any(
             effective_stage(engine, dtype_of(model, True))
-            for model, engine in _trained(config, step)
+            for model, engine in _trained(config, stage)
         )
         base = Parts(framework=CPU_FRAMEWORK + (CPU_FRAMEWORK_ZERO if zero else 0.0))
         moments = {name: _in_ram(parts) for name, parts in moments.items()}
-    return StepMemory(step, {name: parts + base for name, parts in moments.items()})
+    return StepMemory(stage, {name: parts + base for name, parts in moments.items()})
 
 
-def _trained(config: RunConfig, step: int) -> list[tuple[ModelConfig, EngineConfig]]:
-    rl = config.step3
-    if step == 3:
-        return [(role.model, role.engine) for role in (rl.actor, rl.critic)]
-    section = config.step1 if step == 1 else config.step2
-    return [(section.model, section.engine)]
+def _trained(config: RunConfig, stage: Stage) -> list[tuple[ModelConfig, EngineConfig]]:
+    roles = (at(config, place) for place in stage.models)
+    return [(role.model, role.engine) for role in roles]
 
 
 def _in_ram(parts: Parts) -> Parts:
@@ -103,16 +102,15 @@ def _training(
     }
 
 
-def _supervised(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
-    scalar = step == 2
-    section: Any = config.step2 if scalar else config.step1
-    role = step_role(config, step, shapes, ranks)
+def _supervised(config: RunConfig, stage: Stage, shapes: Shapes, ranks: Ranks) -> dict[str, Parts]:
+    section: Any = at(config, stage.section)
+    role = step_role(config, stage, shapes, ranks)
     width = section.max_length or config.step1.max_length
     prompt = section.max_prompt_length or config.step1.max_prompt_length
-    counted = width if scalar or config.step1.prompt_loss else width - prompt
-    sides = 2 if scalar else 1
+    counted = width if stage.scalar or config.step1.prompt_loss else width - prompt
+    sides = 2 if stage.rows == "pairs" else 1
     share = -(-section.train.batch_size // ranks.world)
-    passes = accumulation(config, step, ranks.world)
+    passes = accumulation(config, stage, ranks.world)
     train = section.train
     rows = _within(train.micro_batch_tokens, min(train.micro_batch_size, share), sides * width)
     if rows < min(train.micro_batch_size, share):

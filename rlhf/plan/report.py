@@ -21,6 +21,7 @@ from rlhf.plan.disk import StepDisk, step_disk
 from rlhf.plan.memory import StepMemory, step_memory, summary
 from rlhf.plan.roles import Shapes
 from rlhf.plan.time import StepTime
+from rlhf.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,21 @@ class StepReport:
     """With those changes; or, where nothing makes it fit, with everything that saves memory."""
 
     @property
-    def step(self) -> int:
-        return self.memory.step
+    def stage(self) -> Stage:
+        return self.memory.stage
 
 
-def plan_step(config: RunConfig, step: int, shapes: Shapes, machine: Machine) -> StepReport:
+def plan_step(config: RunConfig, stage: Stage, shapes: Shapes, machine: Machine) -> StepReport:
     """`config` as the step gets it (`resolve_step`)."""
-    config = as_it_runs(config, step, shapes, machine)
-    memory = step_memory(config, step, shapes, machine.ranks)
-    time = time_with(config, step, shapes, machine)
-    disk = step_disk(config, step, shapes, machine.ranks)
+    config = as_it_runs(config, stage, shapes, machine)
+    memory = step_memory(config, stage, shapes, machine.ranks)
+    time = time_with(config, stage, shapes, machine)
+    disk = step_disk(config, stage, shapes, machine.ranks)
     if fits(memory, machine):
         return StepReport(memory, time, disk, True)
-    changes = advise(config, step, shapes, machine)
-    tried = most_sparing(config, step, machine) if changes is None else changes
-    after = step_memory(apply(config, tried), step, shapes, machine.ranks)
+    changes = advise(config, stage, shapes, machine)
+    tried = most_sparing(config, stage, machine) if changes is None else changes
+    after = step_memory(apply(config, tried), stage, shapes, machine.ranks)
     return StepReport(memory, time, disk, False, changes, after)
 
 
@@ -109,7 +110,7 @@ def as_json(report: StepReport) -> dict[str, Any]:
     """For machines: bytes, seconds, settings."""
     memory, time = report.memory, report.time
     found: dict[str, Any] = {
-        "step": report.step,
+        "step": report.stage.number,
         "fits": report.fits,
         "peak_bytes": round(memory.peak),
         "host_bytes": round(memory.host),

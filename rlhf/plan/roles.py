@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config.schema import EngineConfig, ModelConfig, RunConfig
+from rlhf.config.trees import at
 from rlhf.families import ModelShape
 from rlhf.plan.engines import SIZES, EngineBytes, effective_stage, engine_bytes
 from rlhf.plan.lora import adapter_parameters
+from rlhf.stages import Stage
 
 NEEDS_CRITIC = {"ppo": True, "grpo": False, "rloo": False, "reinforce++": False}
 
@@ -99,15 +101,11 @@ def make_role(
     return Role(shape, model, engine, dtype, scalar, trained, made)
 
 
-def step_role(config: RunConfig, step: int, shapes: Shapes, ranks: Ranks) -> Role:
-    """The model of step 1 or 2 and its engine."""
-    if step == 2:
-        section = config.step2
-        return make_role(
-            shapes.reward, section.model, section.engine, ranks, scalar=True, trains=True
-        )
-    first = config.step1
-    return make_role(shapes.actor, first.model, first.engine, ranks, scalar=False, trains=True)
+def step_role(config: RunConfig, stage: Stage, shapes: Shapes, ranks: Ranks) -> Role:
+    """The model of a stage that trains one, and its engine."""
+    role = at(config, stage.models[0])
+    shape = shapes.reward if stage.scalar else shapes.actor
+    return make_role(shape, role.model, role.engine, ranks, scalar=stage.scalar, trains=True)
 
 
 def ppo_roles(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Role]:

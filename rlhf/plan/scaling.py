@@ -18,6 +18,7 @@ from rlhf.plan.report import size
 from rlhf.plan.roles import Ranks, Shapes
 from rlhf.plan.shapes import shape_of
 from rlhf.plan.time import StepTime, step_time
+from rlhf.stages import PPO
 
 PROMPTS, PER_ITERATION, PROMPT, ANSWER = 131_900, 1024, 256, 256
 GPU_COUNTS = (1, 8, 32, 64, 128, 512)
@@ -84,12 +85,12 @@ def plan_row(model: str, reward: str, gpus: int, speeds: Speeds) -> Row:
     # 1 TB of RAM a node, as the machines that the published figures come from have about.
     beside = 1e12 / ranks.per_node
     machine = Machine(ranks, speeds, GPUS["a100-80g"].memory, beside)
-    changes = fastest(config, 3, shapes, machine)
+    changes = fastest(config, PPO, shapes, machine)
     if changes is None:
         return Row(model, gpus, None)
     chosen = apply(config, changes)
-    memory = step_memory(chosen, 3, shapes, ranks)
-    return Row(model, gpus, changes, memory, step_time(chosen, 3, shapes, ranks, speeds))
+    memory = step_memory(chosen, PPO, shapes, ranks)
+    return Row(model, gpus, changes, memory, step_time(chosen, PPO, shapes, ranks, speeds))
 
 
 def tables(speeds: Speeds) -> str:

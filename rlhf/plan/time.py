@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 from rlhf.config.resolve import accumulation
 from rlhf.config.schema import RunConfig
+from rlhf.config.trees import at
 from rlhf.families import ModelShape
 from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
 from rlhf.plan.roles import Ranks, Role, Shapes, ppo_roles, step_role
+from rlhf.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,19 @@ def offload_seconds(role: Role, world: int, passes: int, speeds: Speeds) -> floa
 
 
 def step_time(
-    config: RunConfig, step: int, shapes: Shapes, ranks: Ranks, speeds: Speeds
+    config: RunConfig, stage: Stage, shapes: Shapes, ranks: Ranks, speeds: Speeds
 ) -> StepTime:
     """One iteration of a step on ranks of these speeds; ranks of a CPU share its cores."""
     wire = speeds.inside if ranks.world <= ranks.per_node else speeds.between
-    if step == 3:
+    if stage.generates:
         return _ppo_time(config, shapes, ranks, speeds, wire)
-    section = config.step1 if step == 1 else config.step2
-    role = step_role(config, step, shapes, ranks)
+    section = at(config, stage.section)
+    role = step_role(config, stage, shapes, ranks)
     width = section.max_length or config.step1.max_length
     rows = section.train.batch_size
-    tokens = rows * width * (2 if step == 2 else 1) / ranks.world
+    tokens = rows * width * (2 if stage.rows == "pairs" else 1) / ranks.world
     compute = training_flops(role, tokens, width) / speeds.flops
-    passes = accumulation(config, step, ranks.world)
+    passes = accumulation(config, stage, ranks.world)
     sent = sent_per_step(role, ranks.world, passes)
     offload = 0.0 if ranks.on_cpu else offload_seconds(role, ranks.world, passes, speeds)
     total = compute + sent / wire + offload

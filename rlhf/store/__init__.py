@@ -11,10 +11,9 @@ from rlhf.store.jsonio import (
     write_json_atomic,
     write_text_atomic,
 )
-from rlhf.store.layout import ARTIFACTS, STEP_DIRS, RunDir
+from rlhf.store.layout import RunDir
 from rlhf.store.manifest import (
     CARD,
-    KINDS,
     MANIFEST,
     FileRecord,
     Manifest,
@@ -26,12 +25,9 @@ from rlhf.store.publishing import amend, library_versions, make_once, publish
 from rlhf.store.tokenizer import tokenizer_fingerprint
 
 __all__ = [
-    "ARTIFACTS",
     "CARD",
-    "KINDS",
     "MANIFEST",
     "NO_VERDICT",
-    "STEP_DIRS",
     "FileRecord",
     "Manifest",
     "ParentRecord",

@@ -48,7 +48,7 @@ class Checkpoint(BaseModel):
     """Which release's `settings` these are: rlhf/config/migrate.py."""
     id: Sha256
     created: str
-    step: Annotated[int, Field(ge=1, le=3)]
+    step: Annotated[int, Field(ge=1)]
     position: Annotated[int, Field(ge=0)]
     """Optimiser steps (step 3: iterations) that are done."""
     world_size: Annotated[int, Field(ge=1)]

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.errors import ConfigError
+from rlhf.stages import STAGES, Stage, get
 
-STEP_DIRS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}
+Which = Stage | str | int  # a stage, its name, or its number
 
-# name -> (step, directory below the step's); actor, critic and actor_ema are parts of "ppo"
-ARTIFACTS = {
-    "sft": (1, "artifact"),
-    "reward": (2, "artifact"),
-    "ppo": (3, "artifact"),
-    "evaluation": (3, "evaluation"),
-    "actor": (3, "artifact/actor"),
-    "critic": (3, "artifact/critic"),
-    "actor_ema": (3, "artifact/actor_ema"),
-}
+
+def places() -> dict[str, tuple[Stage, str]]:
+    """Name of an artifact, or of a part of one -> (its stage, the directory below the stage's)."""
+    found: dict[str, tuple[Stage, str]] = {}
+    for stage in STAGES.values():
+        found[stage.makes] = (stage, "artifact")
+        found |= {part: (stage, f"artifact/{part}") for part in stage.parts}
+        if stage.evaluates:
+            found["evaluation"] = (stage, "evaluation")
+    return found
 
 
 @dataclass(frozen=True, init=False)
@@ -43,35 +44,34 @@ class RunDir:
     def report(self) -> Path:
         return self.path / "report.html"
 
-    def step_dir(self, step: int) -> Path:
-        """Raises ConfigError unless step is 1, 2 or 3."""
-        if step not in STEP_DIRS:
-            raise ConfigError(f"step {step}: the steps are 1, 2 and 3")
-        return self.path / STEP_DIRS[step]
+    def step_dir(self, step: Which) -> Path:
+        """Raises ConfigError where there is no such stage."""
+        return self.path / get(step).folder
 
     def artifact(self, name: str) -> Path:
         """The directory of an artifact (sft, ..., evaluation) or of a part of one (actor, ...).
 
         Raises ConfigError for another name.
         """
-        if name not in ARTIFACTS:
-            raise ConfigError(f"artifact {name!r}: one of {', '.join(ARTIFACTS)} is needed")
-        step, below = ARTIFACTS[name]
-        return self.step_dir(step) / below
+        known = places()
+        if name not in known:
+            raise ConfigError(f"artifact {name!r}: one of {', '.join(known)} is needed")
+        stage, below = known[name]
+        return self.step_dir(stage) / below
 
-    def resolved(self, step: int, act: str = "") -> Path:
+    def resolved(self, step: Which, act: str = "") -> Path:
         """What the step's processes read; `act`: "evaluation", where they only evaluate."""
         return self.step_dir(step) / (f"{act}.resolved.json" if act else "resolved.json")
 
-    def command(self, step: int, act: str = "") -> Path:
+    def command(self, step: Which, act: str = "") -> Path:
         return self.step_dir(step) / (f"{act}.command.sh" if act else "command.sh")
 
-    def logs(self, step: int) -> Path:
+    def logs(self, step: Which) -> Path:
         return self.step_dir(step) / "logs"
 
-    def metrics(self, step: int) -> Path:
+    def metrics(self, step: Which) -> Path:
         return self.step_dir(step) / "metrics.jsonl"
 
-    def resume(self, step: int) -> Path:
+    def resume(self, step: Which) -> Path:
         """DeepSpeed's checkpoints and all other state."""
         return self.step_dir(step) / "resume"

@@ -8,23 +8,17 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rlhf.errors import ArtifactError
+from rlhf.stages import STAGES, maker_of
 from rlhf.store.files import hash_files, open_regular, scan
 from rlhf.store.jsonio import fingerprint, pretty_json
 
 MANIFEST = "MANIFEST.json"
-KINDS = ("sft", "reward", "ppo", "evaluation", "base")
-Kind = Literal["sft", "reward", "ppo", "evaluation", "base"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CARD = "README.md"
-_COMMANDS = {
-    "sft": "--step 1",
-    "reward": "--step 2",
-    "ppo": "--step 3",
-    "evaluation": "evaluate RUN",
-}
+EVALUATION, BASE = "evaluation", "base"
 _LEFTOVER = re.compile(r"\..+\.(tmp|old)-[0-9a-f-]+")
 
 
@@ -47,8 +41,8 @@ class Manifest(_Record):
     """What an artifact is, where it came from, and the hash of every file in it."""
 
     format: Literal[1] = 1
-    kind: Kind
-    step: Annotated[int, Field(ge=0, le=3)]
+    kind: str
+    step: Annotated[int, Field(ge=0)]
     id: Sha256
     created: str
     schema_version: Annotated[int, Field(ge=0)] = 0
@@ -63,6 +57,14 @@ class Manifest(_Record):
     config: dict[str, Any]
     versions: dict[str, str]
     metrics: dict[str, Any]
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        known = [*(stage.makes for stage in STAGES.values()), EVALUATION, BASE]
+        if kind not in known:
+            raise ValueError(f"{kind!r} is none of {', '.join(known)}")
+        return kind
 
     @property
     def content_id(self) -> str:
@@ -132,7 +134,7 @@ def read_manifest(artifact: Path | str) -> Manifest:
 def verify(artifact: Path | str, kind: str | None = None) -> Manifest:
     """Proves that the directory holds exactly the files that were published; reads all of them.
 
-    `kind`: also prove that it is an artifact of this kind (KINDS). Raises ArtifactError (absent,
+    `kind`: also prove that it is an artifact of this kind. Raises ArtifactError (absent,
     partial, corrupt, extra file, link, wrong kind), naming the file and the remedy.
     """
     artifact = Path(artifact)
@@ -211,5 +213,8 @@ def _absent(artifact: Path, kind: str | None) -> str:
 
 
 def _again(kind: str | None = None) -> str:
-    command = _COMMANDS.get(kind or "")
-    return f"make it with: python train.py {command}" if command else "run the step again"
+    if kind == EVALUATION:
+        return "make it with: python train.py evaluate RUN"
+    if kind in (None, BASE):
+        return "run the step again"
+    return f"make it with: python train.py --step {maker_of(kind).number}"

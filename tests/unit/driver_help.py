@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf.store import STEP_DIRS, RunDir, jsonable, publish
-
-KINDS = {1: "sft", 2: "reward", 3: "ppo"}
-PARENTS = {1: [], 2: ["sft"], 3: ["sft", "reward"]}
+from rlhf import stages
+from rlhf.store import RunDir, jsonable, publish
 
 # A step that behaves as $FAKE says, for the step in $FAKE_STEP only (default: all). Of modes with
 # commas between them, each start takes the next; `attempts.jsonl` has what each was told.
@@ -106,7 +104,7 @@ def make_checkpoint(run: Path, step: int, resolved: dict[str, Any], position: in
             "position": position,
             "world_size": resolved["world_size"],
             "engines": {},
-            "settings": decisive(resolved["config"], step),
+            "settings": decisive(resolved["config"], stages.get(step)),
             "parents": parents,
             "data_fingerprint": "d" * 64,
             "data_sources": resolved.get("data_sources"),
@@ -131,7 +129,7 @@ def make_artifact(
     manifest = publish(
         RunDir(run).step_dir(step),
         lambda directory: (directory / "model.safetensors").write_bytes(b"weights") and None,
-        kind=KINDS[step],
+        kind=stages.get(step).makes,
         step=step,
         parents=records,
         data_fingerprint="d" * 64,
@@ -207,11 +205,12 @@ def write_model(directory: Path, **changes: Any) -> Path:
 
 def write_scripts(root: Path, project: Path) -> None:
     """Fake step scripts below `root`, in the project's layout."""
-    for folder in STEP_DIRS.values():
+    dirs = {stage.number: stage.folder for stage in stages.STAGES.values()}
+    for folder in dirs.values():
         (root / folder).mkdir(parents=True, exist_ok=True)
-        text = SCRIPT.format(root=str(project), dirs=STEP_DIRS)
+        text = SCRIPT.format(root=str(project), dirs=dirs)
         (root / folder / "main.py").write_text(text)
-    (root / STEP_DIRS[3] / "evaluation.py").write_text(text)
+    (root / stages.PPO.folder / "evaluation.py").write_text(text)
 
 
 def plain(script: Path, args: list[str], placement: Any) -> list[str]:

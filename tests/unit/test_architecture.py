@@ -23,11 +23,13 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # file or folder -> what of ours it may import (itself always)
 MAY_IMPORT = {
     "train.py": ("launch", "rlhf.config", "rlhf.store", "rlhf.errors", "rlhf.redact", "rlhf.home"),
+    "rlhf/stages.py": ("rlhf.errors",),
     "launch": (
         "rlhf.config",
         "rlhf.store",
         "rlhf.plan",
         "rlhf.families",
+        "rlhf.stages",
         "rlhf.errors",
         "rlhf.redact",
         "rlhf.secrets",
@@ -42,14 +44,22 @@ MAY_IMPORT = {
     "rlhf/lifeline.py": (),
     "rlhf/text.py": (),
     "rlhf/home.py": ("rlhf.errors",),
-    "rlhf/config": ("rlhf.errors", "rlhf.redact"),
-    "rlhf/store": ("rlhf.config", "rlhf.errors"),
+    "rlhf/config": ("rlhf.stages", "rlhf.errors", "rlhf.redact"),
+    "rlhf/store": ("rlhf.config", "rlhf.stages", "rlhf.errors"),
     "rlhf/families": ("rlhf.errors",),
-    "rlhf/plan": ("rlhf.config", "rlhf.families", "rlhf.errors"),
+    "rlhf/plan": ("rlhf.config", "rlhf.families", "rlhf.stages", "rlhf.errors"),
     "rlhf/algo": (),
     **{step: ("rlhf", step) for step in STEPS},
 }
-LIGHT = ("train.py", "launch", "rlhf/config", "rlhf/store", "rlhf/families", "rlhf/plan")
+LIGHT = (
+    "train.py",
+    "launch",
+    "rlhf/stages.py",
+    "rlhf/config",
+    "rlhf/store",
+    "rlhf/families",
+    "rlhf/plan",
+)
 ENGINE_OWNERS = ("rlhf/engine", "rlhf/rollout")
 CERTIFICATE = "rlhf/certify"
 
@@ -129,6 +139,48 @@ def test_deepspeed_has_one_owner() -> None:
         if below(name, ("deepspeed",))
     ]
     assert wrong == []
+
+
+def test_no_file_knows_a_stage_by_its_number() -> None:
+    """But for its row in rlhf/stages.py: no comparison of a step with a number, no table keyed by
+    all of them."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in FILES
+        if not belongs(path, "rlhf/stages.py")
+        for line, text in stage_numbers(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert wrong == []
+
+
+def stage_numbers(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, code) of what looks like a decision by a stage's number."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            named = any(ast.unparse(side).split(".")[-1] in ("step", "steps") for side in sides)
+            numbers = [n for side in sides for n in ast.walk(side) if isinstance(n, ast.Constant)]
+            if named and any(n.value in (1, 2, 3) and n.value is not True for n in numbers):
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Dict):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            if keys == [1, 2, 3] and all(type(key) is int for key in keys):
+                yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("if item.step == 3: pass", 1),
+        ("if 3 in options.steps: pass", 1),
+        ("if step < 3: pass", 1),
+        ("if stage.generates and step == total: pass", 0),
+        ('x = {1: "sft", 2: "reward", 3: "ppo"}', 1),
+        ("if steps > 0: pass", 0),
+    ],
+)
+def test_decisions_by_number_are_seen(code: str, count: int) -> None:
+    assert len(list(stage_numbers(ast.parse(code)))) == count
 
 
 def test_the_maths_imports_torch_only() -> None:

@@ -20,6 +20,7 @@ from rlhf.config.schema import RunConfig
 from rlhf.config.show import config_yaml
 from rlhf.config.step_args import step_config
 from rlhf.errors import ConfigError
+from rlhf.stages import SFT
 
 TYPED = r"\n\nHuman: {instruction}\n\nAssistant:"
 MEANT = "\n\nHuman: {instruction}\n\nAssistant:"
@@ -115,5 +116,5 @@ def test_the_records_hold_the_text(tmp_path: Path) -> None:
 
 def test_the_command_to_type_next_means_the_same() -> None:
     argv = [f"data.prompt_format={TYPED}"]
-    command = parse_options(argv, {}).command(1)
+    command = parse_options(argv, {}).command(SFT)
     assert re.search(r"'data.prompt_format=\\n\\nHuman", command)

@@ -16,6 +16,7 @@ from rlhf.config.migrate import SCHEMA_VERSION, changes, migrated
 from rlhf.config.resolve import decisive, resolve_step
 from rlhf.config.step_args import step_config
 from rlhf.config.trees import flatten
+from rlhf.stages import REWARD
 from rlhf.store import RunDir, jsonable, verify
 from rlhf.store.checkpoints import differences, verify_checkpoint
 from tests.unit.driver_help import make_artifact
@@ -89,7 +90,7 @@ def test_what_an_older_release_wrote_opens(release: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     fatal, changed = differences(
         record,
-        settings=decisive(jsonable(resolved.config), 2),
+        settings=decisive(jsonable(resolved.config), REWARD),
         parents=record.parents,
         world_size=1,
     )

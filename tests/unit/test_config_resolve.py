@@ -10,11 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.options import parser
 from rlhf.config import ResolvedStep, RunConfig, load_config, resolve_step
 from rlhf.config.load import flatten, parse_overrides
 from rlhf.config.resolve import (
-    INHERITS,
-    MODEL_FROM,
     accumulation,
     check_batches,
     describe_inherited,
@@ -22,6 +21,7 @@ from rlhf.config.resolve import (
 )
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import ConfigError
+from rlhf.stages import REWARD, SFT, STAGES, get
 
 OWN = {"sft": "/run/step1_sft/artifact", "reward": "/run/step2_reward/artifact"}
 
@@ -93,11 +93,16 @@ def test_an_inherited_value_that_does_not_fit_says_where_it_is_from(tmp_path: Pa
 
 def test_the_tables_name_settings_that_exist() -> None:
     names = flatten(RunConfig().model_dump())
-    for step in (1, 2, 3):
-        for key, (_, source) in INHERITS[step].items():
+    for stage in STAGES.values():
+        for key, (_, source) in stage.inherits.items():
             assert key in names
             assert source in names
-        assert set(MODEL_FROM[step]) <= set(names)
+        own = [stage.batch, stage.micro_batch, *stage.model_from]
+        own += [f"{stage.model}.name", *([stage.base] if stage.base else [])]
+        own += [one for need in stage.needs for one in (need.named_by, need.spared_by) if one]
+        assert set(own) <= set(names)
+        flags = {"", stage.zero_flag, stage.model_flag} - {""}
+        assert flags <= set(parser()._option_string_actions)
 
 
 def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +142,9 @@ def test_a_batch_that_does_not_divide(
 ) -> None:
     """ALGORITHM 30 needs whole shares: refused, with the numbers that would do."""
     with pytest.raises(ConfigError) as caught:
-        check_batches(load(*overrides), step, world)
+        check_batches(load(*overrides), get(step), world)
     assert said in str(caught.value)
-    check_batches(load(*overrides), step, 1)
+    check_batches(load(*overrides), get(step), 1)
 
 
 @settings(max_examples=80, deadline=None)
@@ -148,24 +153,24 @@ def test_the_advice_is_good_advice(rows: int, world: int, micro: int) -> None:
     """Each number that the refusal names is accepted; accumulation covers the batch, just."""
     config = load(f"step1.train.batch_size={rows}", f"step1.train.micro_batch_size={micro}")
     try:
-        check_batches(config, 1, world)
+        check_batches(config, SFT, world)
     except ConfigError as error:
         assert rows % world
         advice = str(error).split("batch_size=")[1].split(",")[0].split(" or ")
         for number in advice:
-            check_batches(load(f"step1.train.batch_size={number}"), 1, world)
+            check_batches(load(f"step1.train.batch_size={number}"), SFT, world)
         return
-    passes = accumulation(config, 1, world)
+    passes = accumulation(config, SFT, world)
     assert passes * micro * world >= rows > (passes - 1) * micro * world
 
 
 def test_what_makes_a_step_another_one() -> None:
     """Its own section, data and seed count; where and how it runs does not."""
-    base = section_of(load().model_dump(), 2)
+    base = section_of(load().model_dump(), REWARD)
     for same in ("launch.num_gpus=2", "name=x", "step1.max_length=300", "data.cache_dir=/c"):
-        assert section_of(load(same).model_dump(), 2) == base
+        assert section_of(load(same).model_dump(), REWARD) == base
     for other in ("seed=1", "data.split=1,1,1", "step2.loss=token_wise"):
-        assert section_of(load(other).model_dump(), 2) != base
+        assert section_of(load(other).model_dump(), REWARD) != base
 
 
 def test_printed_yaml_is_the_same_configuration(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_disjoint_complete_exact(
     and no prompt of a test split but those that its data set cannot do without."""
     sets = [keys(train, held, prompts) for train, held in parts]
     got = assign(sets, split, fraction, seed)
-    places = [set(got.held_out), set(got.left_out), set(got.steps)]
+    places = [set(got.held_out), set(got.left_out), set(got.shares)]
     everything = set[str]().union(*(one.train.keys() | one.held_out.keys() for one in sets))
     assert sum(map(len, places)) == len(everything)
     assert set().union(*places) == everything
@@ -60,13 +60,13 @@ def test_disjoint_complete_exact(
         own = one.train.keys() - got.held_out - got.left_out - taken
         taken |= own
         for step in (1, 2, 3):
-            count = sum(got.steps[key] == step for key in own)
+            count = sum(got.shares[key] == step for key in own)
             assert abs(count - len(own) * split[step - 1] / sum(split)) <= 1
 
     def asked(rows: Iterable[str]) -> set[str]:
         return {f"p{int(key) % prompts}" for key in rows}
 
-    assert got.trained == asked(got.steps)
+    assert got.trained == asked(got.shares)
     assert asked(got.held_out - brought).isdisjoint(got.trained), "drawn prompts"
     for one in sets:
         seen = {key for key in one.held_out if asked([key]) <= got.trained}
@@ -85,10 +85,10 @@ def test_disjoint_complete_exact(
 def test_default_shares(split: tuple[float, float, float]) -> None:
     """C11: 2,4,4 of 1,000 rows are 200, 400 and 400; 5% are held out first if asked."""
     one = keys(range(1000), [], 1000)
-    steps = assign([one], split, 0, 7).steps
+    steps = assign([one], split, 0, 7).shares
     assert [list(steps.values()).count(step) for step in (1, 2, 3)] == [200, 400, 400]
     got = assign([one], split, 0.05, 7)
-    assert (len(got.held_out), len(got.steps)) == (50, 950)
+    assert (len(got.held_out), len(got.shares)) == (50, 950)
     assert assign([one], split, 0.05, 8).held_out != got.held_out
 
 

@@ -146,6 +146,7 @@ def test_a_log_on_a_full_disk_costs_the_log_alone(tmp_path: Path) -> None:
         from launch import failure
         from launch.spec import LaunchSpec
         from launch.supervise import supervise
+        from rlhf.stages import SFT
         mount("size=100k")
         log = place / "logs" / "console.log"
         fill(leave=8192)
@@ -154,7 +155,7 @@ def test_a_log_on_a_full_disk_costs_the_log_alone(tmp_path: Path) -> None:
         assert outcome.code == 1
         assert log.stat().st_size < 20000
         assert outcome.output().startswith("first") and "last words" in outcome.output()
-        print("TOLD", failure.explain(1, outcome, log.parent))
+        print("TOLD", failure.explain(SFT, outcome, log.parent))
         """,
     )
     assert output.count("console.log: cannot be written (No space left on device)") == 1

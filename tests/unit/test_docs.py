@@ -21,8 +21,9 @@ from rlhf.certify import main as certify
 from rlhf.config.keys import lookup, sections
 from rlhf.config.load import load_config, parse_overrides, with_values
 from rlhf.config.schema import RunConfig
-from rlhf.config.step_args import PARENTS, find_key, split_options
+from rlhf.config.step_args import find_key, split_options
 from rlhf.errors import ConfigError
+from rlhf.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -33,7 +34,7 @@ PAGES = sorted(
 )
 DECISIONS = ROOT / "docs" / "decisions"
 COMING_FROM = ROOT / "docs" / "coming-from.md"
-STEP_SCRIPTS = {"step1_sft/main.py": 1, "step2_reward/main.py": 2, "step3_ppo/main.py": 3}
+STEP_SCRIPTS = {f"{stage.folder}/main.py": stage for stage in STAGES.values()}
 _TOP = r"(?:step[123]|data|launch|hub|checkpoint|track)"
 
 # The flags of DeepSpeed-Chat's scripts at DeepSpeedExamples 83757d9c, by the headings of our page.
@@ -168,6 +169,7 @@ def check_module(module: str, *arguments: str) -> None:
 
 def check_step_script(words: list[str]) -> None:
     script = next(word for word in words if word in STEP_SCRIPTS)
+    parents = {need.kind for stage in STAGES.values() for need in stage.needs}
     assert (ROOT / script).is_file()
     options, bare = split_options(words[words.index(script) + 1 :])
     assert not bare
@@ -176,11 +178,11 @@ def check_step_script(words: list[str]) -> None:
         if option == "config":
             recipe = ROOT / values[0]
             assert recipe.suffix == ".json" or recipe.is_file(), values
-        elif option not in PARENTS:
+        elif option not in parents:
             key = find_key(option, STEP_SCRIPTS[script])
             load_config(None, parse_overrides([f"{key.name}={values[0]}"]))
     if given["config"][0].endswith(".yaml"):  # a recipe knows no parents
-        assert set(PARENTS[: STEP_SCRIPTS[script] - 1]) <= given.keys()
+        assert {need.kind for need in STEP_SCRIPTS[script].needs} <= given.keys()
 
 
 def check_pip(arguments: list[str]) -> None:

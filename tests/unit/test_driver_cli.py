@@ -141,7 +141,7 @@ def test_models_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--step", "4"], "choose from 1, 2, 3"),
+        (["--step", "4"], "the pipeline has 1 SFT, 2 reward model, 3 PPO"),
         (["--step", "one"], "invalid int value"),
         (["--deployment-type", "cloud"], "'single_gpu', 'single_node' or 'multi_node'"),
         (["--launcher", "ssh"], "'deepspeed', 'torchrun', 'accelerate' or 'slurm'"),

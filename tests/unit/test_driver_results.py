@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launch.execute import describe_result
+from rlhf.stages import get
 
 ROWS = {"held_out": {"rows": 8, "prompts": 8, "seen": 0}}
 NO_ROWS = {"held_out": {"rows": 0, "prompts": 0, "seen": 0}}
@@ -29,6 +30,6 @@ NO_ROWS = {"held_out": {"rows": 0, "prompts": 0, "seen": 0}}
 def test_figures(step: int, metrics: dict[str, Any], said: str) -> None:
     manifest = SimpleNamespace(id="ab" * 32, metrics=metrics)
     outcome = SimpleNamespace(seconds=61.4, code=0)
-    text = describe_result(SimpleNamespace(step=step), manifest, outcome)  # type: ignore[arg-type]
+    text = describe_result(SimpleNamespace(stage=get(step)), manifest, outcome)  # type: ignore[arg-type]
     assert text.startswith(f"step {step} done: ")
     assert text.endswith(f"abababababab, 61 s{said}")

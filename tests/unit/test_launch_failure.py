@@ -13,6 +13,7 @@ from launch.supervise import Outcome
 from rlhf.config.keys import lookup
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.errors import ConfigError, RequirementError, StepFailed, UserError
+from rlhf.stages import get
 
 
 def told(
@@ -30,7 +31,7 @@ def told(
         name = f"rank{record.get('rank', 0)}.failure.json"
         (tmp_path / name).write_text(json.dumps({"rank": 0, "exit_code": 1, **record}))
     outcome = Outcome(code, False, 1.0, log, log_start=len("an earlier run\n"))
-    return failure.explain(step, outcome, tmp_path, problem)
+    return failure.explain(get(step), outcome, tmp_path, problem)
 
 
 def test_phase_error_and_log(tmp_path: Path) -> None:

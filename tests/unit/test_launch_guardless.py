@@ -19,6 +19,7 @@ from launch.failure import explain
 from launch.spec import PROJECT_ROOT, LaunchSpec
 from launch.supervise import Outcome, supervise
 from rlhf import lifeline
+from rlhf.stages import SFT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -105,7 +106,7 @@ def test_ranks_save_and_end_when_their_guard_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / "saved1").exists()
     assert outcome.code == -signal.SIGKILL
     assert not outcome.interrupted
-    said = str(explain(1, outcome, tmp_path))
+    said = str(explain(SFT, outcome, tmp_path))
     assert "launch/guard.py) was killed from outside" in said
     assert "memory" not in said
 

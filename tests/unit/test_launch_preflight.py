@@ -20,6 +20,7 @@ from rlhf.config import load_config
 from rlhf.config.load import parse_overrides
 from rlhf.config.names import is_hub_dataset, is_hub_model, normalize_endpoint
 from rlhf.errors import ConfigError, RequirementError
+from rlhf.stages import PPO, REWARD, SFT
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -209,15 +210,15 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "version", version)
     config = load_config(None, parse_overrides(["step3.eval.judge=vader"]))
-    preflight.check_packages(config, [1, 2], ["gpt2"])
+    preflight.check_packages(config, [SFT, REWARD], ["gpt2"])
     with pytest.raises(RequirementError, match="gguf is not installed: pip install gguf"):
-        preflight.check_packages(config, [1], ["m.gguf"])
+        preflight.check_packages(config, [SFT], ["m.gguf"])
     with pytest.raises(RequirementError, match="pip install vaderSentiment"):
-        preflight.check_packages(config, [3], [])
+        preflight.check_packages(config, [PPO], [])
     with pytest.raises(
         RequirementError, match=r"gguf is not .*; the package vaderSentiment is not"
     ):
-        preflight.check_packages(config, [3], ["package:llm"])
+        preflight.check_packages(config, [PPO], ["package:llm"])
 
 
 def test_offload_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,10 +226,10 @@ def test_offload_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     plain = load_config(None, {})
-    preflight.check_compiler(plain, [1, 2, 3])
+    preflight.check_compiler(plain, [SFT, REWARD, PPO])
     config = load_config(
         None, {"step3.critic.engine.offload": "cpu", "step3.critic.engine.zero_stage": 2}
     )
-    preflight.check_compiler(config, [1, 2])
+    preflight.check_compiler(config, [SFT, REWARD])
     with pytest.raises(RequirementError, match="install g\\+\\+"):
-        preflight.check_compiler(config, [3])
+        preflight.check_compiler(config, [PPO])

@@ -18,6 +18,7 @@ from launch.failure import explain
 from launch.spec import PROJECT_ROOT, LaunchSpec
 from launch.standstill import Standstill, describe, state
 from launch.supervise import Outcome, supervise
+from rlhf.stages import SFT
 from tests.unit.test_launch_guardless import launcher, pid_of, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -56,7 +57,7 @@ def test_a_stopped_rank_is_named_and_saves(tmp_path: Path) -> None:
     assert "state T in /proc" in outcome.lost
     assert (tmp_path / "saved0").exists()
     assert (tmp_path / "saved1").exists(), "it was continued, to save"
-    said = str(explain(1, outcome, tmp_path))
+    said = str(explain(SFT, outcome, tmp_path))
     assert "stopped from outside (SIGSTOP or a debugger" in said
     assert "memory" not in said
 

@@ -18,6 +18,7 @@ from rlhf.plan.memory import step_memory
 from rlhf.plan.roles import Ranks, Shapes
 from rlhf.plan.shapes import shape_of
 from rlhf.plan.time import step_time
+from rlhf.stages import PPO, SFT, get
 
 SPEEDS = gpu_speeds("a100-80g")
 
@@ -46,29 +47,29 @@ def followed(config: RunConfig, texts: list[str]) -> RunConfig:
 def test_advice_fits_when_it_is_followed(name: str, step: int, world: int, memory: float) -> None:
     config = load_config(None, {"step1.train.batch_size": 64, "step2.train.batch_size": 64})
     place = machine(world, memory)
-    found = report.plan_step(config, step, shapes(name), place)
+    found = report.plan_step(config, get(step), shapes(name), place)
     if found.fits or found.changes is None:
         return
     changed = followed(config, report.settings(found.changes))
-    again = report.plan_step(changed, step, shapes(name), place)
+    again = report.plan_step(changed, get(step), shapes(name), place)
     assert again.fits
     assert found.after is not None
     assert again.memory.peak == found.after.peak
     # No single change would have done where several are advised, of the same cost.
     cost = max(change.cost for change in found.changes)
-    for single in possible(config, step, place):
+    for single in possible(config, get(step), place):
         if single.cost <= cost and len(found.changes) > 1:
-            memory_with = step_memory(apply(config, [single]), step, shapes(name), place.ranks)
+            memory_with = step_memory(apply(config, [single]), get(step), shapes(name), place.ranks)
             assert not fits(memory_with, place)
 
 
 def test_changes_that_cost_only_time_come_first() -> None:
     """6.7B on 8 x 48 GB: sharding does it. Alone on 40 GB with little RAM, only adapters do."""
     config = load_config(None)
-    changes = advise(config, 1, shapes("facebook/opt-6.7b"), machine(8, 48e9))
+    changes = advise(config, SFT, shapes("facebook/opt-6.7b"), machine(8, 48e9))
     assert changes is not None
     assert [change.kind for change in changes] == ["zero"]
-    alone = advise(config, 1, shapes("facebook/opt-6.7b"), machine(1, 40e9, host=30e9))
+    alone = advise(config, SFT, shapes("facebook/opt-6.7b"), machine(1, 40e9, host=30e9))
     assert alone is not None
     assert any(change.cost == METHOD for change in alone)
 
@@ -76,23 +77,23 @@ def test_changes_that_cost_only_time_come_first() -> None:
 def test_among_equals_the_fastest_is_advised() -> None:
     config = load_config(None)
     place, names = machine(8, 80e9), shapes("facebook/opt-6.7b")
-    changes = advise(config, 1, names, place)
+    changes = advise(config, SFT, names, place)
     assert changes is not None
-    chosen = time_with(config, 1, names, place, changes).seconds
-    for other in possible(config, 1, place):
-        with_other = step_memory(apply(config, [other]), 1, names, place.ranks)
+    chosen = time_with(config, SFT, names, place, changes).seconds
+    for other in possible(config, SFT, place):
+        with_other = step_memory(apply(config, [other]), SFT, names, place.ranks)
         if other.cost == 0 and fits(with_other, place):
-            assert chosen <= time_with(config, 1, names, place, [other]).seconds
+            assert chosen <= time_with(config, SFT, names, place, [other]).seconds
 
 
 def test_the_fastest_way_may_need_no_change() -> None:
     config = load_config(None)
     small = shapes("facebook/opt-125m")
-    assert fastest(config, 1, small, machine(8, 80e9)) is not None
+    assert fastest(config, SFT, small, machine(8, 80e9)) is not None
     tight = machine(64, 80e9)
-    found = fastest(config, 3, shapes("facebook/opt-13b"), tight)
+    found = fastest(config, PPO, shapes("facebook/opt-13b"), tight)
     assert found is not None
-    with_it = step_memory(apply(config, found), 3, shapes("facebook/opt-13b"), tight.ranks)
+    with_it = step_memory(apply(config, found), PPO, shapes("facebook/opt-13b"), tight.ranks)
     assert fits(with_it, tight)
 
 
@@ -100,7 +101,7 @@ def test_what_cannot_fit_is_said_with_its_reason() -> None:
     """66B in bfloat16 are 132 GB, and vLLM has them whole on each rank."""
     place = machine(64, 80e9)
     config = load_config(None, {"step3.rollout.engine": "vllm"})
-    found = report.plan_step(config, 3, shapes("facebook/opt-66b"), place)
+    found = report.plan_step(config, PPO, shapes("facebook/opt-66b"), place)
     assert not found.fits
     assert found.changes is None
     text = " ".join(report.lines(found, place))
@@ -113,11 +114,11 @@ def test_every_change_is_a_setting_and_saves_something() -> None:
     config = load_config(None, {"step1.train.batch_size": 64, "step2.train.batch_size": 64})
     for step, world in itertools.product((1, 2, 3), (1, 8)):
         place, names = machine(world), shapes("facebook/opt-1.3b")
-        before = step_memory(config, step, names, place.ranks)
-        for change in possible(config, step, place):
+        before = step_memory(config, get(step), names, place.ranks)
+        for change in possible(config, get(step), place):
             changed = followed(config, report.settings([change]))
             assert changed != config
-            after = step_memory(changed, step, names, place.ranks)
+            after = step_memory(changed, get(step), names, place.ranks)
             lower = any(
                 after.moments[at].total < parts.total for at, parts in before.moments.items()
             )
@@ -126,7 +127,7 @@ def test_every_change_is_a_setting_and_saves_something() -> None:
 
 def test_unknown_memory_is_no_obstacle() -> None:
     place = Machine(Ranks(1, True), SPEEDS)
-    found = report.plan_step(load_config(None), 1, shapes("facebook/opt-13b"), place)
+    found = report.plan_step(load_config(None), SFT, shapes("facebook/opt-13b"), place)
     assert found.fits
     assert not report.hopeless(found, place)
     assert report.lines(found, place)[0].startswith("memory ")
@@ -148,11 +149,11 @@ def test_layer_by_layer_needs_no_whole_policy() -> None:
     whole, layers = (
         load_config(None, {**ZERO3, "step3.rollout.gather": how}) for how in ("always", "never")
     )
-    at = [step_memory(config, 3, names, ranks).moments["generate"] for config in (whole, layers)]
+    at = [step_memory(config, PPO, names, ranks).moments["generate"] for config in (whole, layers)]
     shape = names.actor
     repacked = 2 * shape.layers * sum(linear.size for linear in shape.linears[:3])
     assert at[0].total - at[1].total == 2 * shape.causal + repacked - 2 * 1e9
-    sent = [step_time(c, 3, names, ranks, SPEEDS).sent for c in (whole, layers)]
+    sent = [step_time(c, PPO, names, ranks, SPEEDS).sent for c in (whole, layers)]
     answer, turns = whole.step3.rollout.max_new_tokens, 1
     once = 2 * shape.causal * 63 / 64
     assert sent[1] - sent[0] == pytest.approx((answer * turns - 1) * once)
@@ -162,14 +163,14 @@ def test_auto_is_planned_as_it_decides() -> None:
     """Whole where that fits the device, else layer by layer: then no change is needed."""
     config, names = load_config(None, ZERO3), shapes("facebook/opt-66b")
     place = machine(64, 80e9)
-    assert not fits(step_memory(config, 3, names, place.ranks), place)
-    found = report.plan_step(config, 3, names, place)
+    assert not fits(step_memory(config, PPO, names, place.ranks), place)
+    found = report.plan_step(config, PPO, names, place)
     assert found.fits
     always = load_config(None, {**ZERO3, "step3.rollout.gather": "always"})
-    refused = report.plan_step(always, 3, names, place)
+    refused = report.plan_step(always, PPO, names, place)
     assert not refused.fits
     assert refused.changes is not None
     assert [c.words for c in refused.changes] == ["the policy gathered layer by layer"]
     small = shapes("facebook/opt-125m")
-    whole = step_memory(config, 3, small, place.ranks)
-    assert report.plan_step(config, 3, small, place).memory == whole
+    whole = step_memory(config, PPO, small, place.ranks)
+    assert report.plan_step(config, PPO, small, place).memory == whole

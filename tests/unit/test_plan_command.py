@@ -25,6 +25,7 @@ from rlhf.errors import ConfigError
 from rlhf.plan import scaling
 from rlhf.plan.hardware import gpu_speeds
 from rlhf.plan.memory import CPU_IMPORTS
+from rlhf.stages import SFT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,8 +93,8 @@ def test_mistakes_are_explained(
 
 def test_batches_are_raised_to_the_ranks() -> None:
     config = parse_options([]).config
-    assert plan_command.divisible(config, 1, 5).step1.train.batch_size == 20
-    assert plan_command.divisible(config, 1, 8) is config
+    assert plan_command.divisible(config, SFT, 5).step1.train.batch_size == 20
+    assert plan_command.divisible(config, SFT, 8) is config
 
 
 def plan_of(tmp_path: Path, *argv: str) -> Any:

@@ -16,6 +16,7 @@ from rlhf.plan.known import known_config
 from rlhf.plan.read import read_shape
 from rlhf.plan.roles import Ranks, Shapes, make_role
 from rlhf.plan.shapes import shape_of
+from rlhf.stages import get
 from step1_sft.main import sft_step
 from tests.unit import model_help as help_
 
@@ -29,7 +30,7 @@ def on_disk(directory: Path, *suffixes: str) -> int:
 
 def disk_of(step: int, world: int = 1, **settings: Any) -> StepDisk:
     config = load_config(None, {key.replace("__", "."): v for key, v in settings.items()})
-    return step_disk(config, step, SHAPES, Ranks(world, True))
+    return step_disk(config, get(step), SHAPES, Ranks(world, True))
 
 
 def test_steps_by_hand() -> None:

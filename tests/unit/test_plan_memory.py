@@ -30,6 +30,7 @@ from rlhf.plan.rollout import generation, repacked
 from rlhf.plan.shapes import shape_of
 from rlhf.rollout import blocks, packing
 from rlhf.rollout.forward import forward_of
+from rlhf.stages import PPO, SFT, get
 from step3_ppo.roles import _shares
 
 OPT = shape_of(known_config("facebook/opt-125m") or {})
@@ -239,7 +240,7 @@ def test_activations_are_what_autograd_keeps(
 
 
 def total(config: RunConfig, step: int, ranks: Ranks) -> float:
-    return step_memory(config, step, Shapes(OPT, OPT), ranks).peak
+    return step_memory(config, get(step), Shapes(OPT, OPT), ranks).peak
 
 
 def settings_of(step: int, **engine: Any) -> dict[str, Any]:
@@ -286,16 +287,16 @@ def test_longer_rows_and_bigger_models_need_more() -> None:
     big = shape_of(known_config("facebook/opt-350m") or {})
     config, longer = load_config(None), load_config(None, {"step1.max_length": 1024})
     for step in (1, 2, 3):
-        small = step_memory(config, step, Shapes(OPT, OPT), GPU).peak
-        assert step_memory(config, step, Shapes(big, big), GPU).peak > small
+        small = step_memory(config, get(step), Shapes(OPT, OPT), GPU).peak
+        assert step_memory(config, get(step), Shapes(big, big), GPU).peak > small
         if step < 3:
-            assert step_memory(longer, step, Shapes(OPT, OPT), GPU).peak > small
+            assert step_memory(longer, get(step), Shapes(OPT, OPT), GPU).peak > small
 
 
 def test_step_3_holds_four_models_or_three() -> None:
-    ppo = step_memory(load_config(None), 3, Shapes(OPT, OPT), GPU)
+    ppo = step_memory(load_config(None), PPO, Shapes(OPT, OPT), GPU)
     grpo = {"step3.algorithm": "grpo", "step3.rollout.samples_per_prompt": 2}
-    three = step_memory(load_config(None, grpo), 3, Shapes(OPT, OPT), GPU)
+    three = step_memory(load_config(None, grpo), PPO, Shapes(OPT, OPT), GPU)
     weights = 2 * OPT.causal
     assert ppo.moments["actor step"].weights == pytest.approx(4 * weights, rel=0.01)
     assert three.moments["actor step"].weights == pytest.approx(3 * weights, rel=0.01)
@@ -307,8 +308,8 @@ def test_step_3_holds_four_models_or_three() -> None:
 
 def test_the_average_costs_fp32_weights() -> None:
     config = load_config(None, {"step3.ppo.ema_decay": 0.9})
-    with_ema = step_memory(config, 3, Shapes(OPT, OPT), GPU).moments["actor step"]
-    without = step_memory(load_config(None), 3, Shapes(OPT, OPT), GPU).moments["actor step"]
+    with_ema = step_memory(config, PPO, Shapes(OPT, OPT), GPU).moments["actor step"]
+    without = step_memory(load_config(None), PPO, Shapes(OPT, OPT), GPU).moments["actor step"]
     assert with_ema.optimizer - without.optimizer == pytest.approx(4 * OPT.causal, rel=0.001)
 
 
@@ -317,13 +318,15 @@ def test_a_limit_on_tokens_is_a_smaller_micro_batch() -> None:
     limited = load_config(None, {"step1.train.micro_batch_tokens": 1100})
     two = load_config(None, {"step1.train.micro_batch_size": 2})
     ours, same = (
-        step_memory(config, 1, Shapes(OPT, OPT), GPU).moments["backward"]
+        step_memory(config, SFT, Shapes(OPT, OPT), GPU).moments["backward"]
         for config in (limited, two)
     )
     assert ours == same
     one = load_config(None, {"step3.micro_batch_tokens": 10, "step3.micro_batch_size": 16})
     single = load_config(None, {"step3.micro_batch_size": 1})
-    at = [step_memory(c, 3, Shapes(OPT, OPT), GPU).moments["actor backward"] for c in (one, single)]
+    at = [
+        step_memory(c, PPO, Shapes(OPT, OPT), GPU).moments["actor backward"] for c in (one, single)
+    ]
     assert at[0] == at[1]
 
 
@@ -334,14 +337,16 @@ def test_one_base_is_planned_without_three_copies() -> None:
     ranks = Ranks(1, True, 1)
     shared, own = (
         step_memory(
-            load_config(None, {**lora, "step3.share_base": choice}), 3, Shapes(OPT, OPT), ranks
+            load_config(None, {**lora, "step3.share_base": choice}), PPO, Shapes(OPT, OPT), ranks
         )
         for choice in ("auto", False)
     )
     saved = own.moments["generate"].weights - shared.moments["generate"].weights
     assert saved == 4.0 * (OPT.causal + 2 * OPT.scalar)
-    full = step_memory(load_config(None), 3, Shapes(OPT, OPT), ranks)
-    alone = step_memory(load_config(None, {"step3.share_base": False}), 3, Shapes(OPT, OPT), ranks)
+    full = step_memory(load_config(None), PPO, Shapes(OPT, OPT), ranks)
+    alone = step_memory(
+        load_config(None, {"step3.share_base": False}), PPO, Shapes(OPT, OPT), ranks
+    )
     assert full.peak == alone.peak, "nothing is shared without adapters"
 
 
@@ -441,7 +446,7 @@ def test_vllm_has_weights_and_a_cache_of_its_own(on_cpu: bool) -> None:
         "step3.rollout.engine": "vllm", "step3.rollout.batch_size": 8,
         "step3.rollout.max_prompt_length": 100, "step3.rollout.max_new_tokens": 28,
     }  # fmt: skip
-    found = step_memory(load_config(None, settings), 3, Shapes(OPT, OPT), ranks)
+    found = step_memory(load_config(None, settings), PPO, Shapes(OPT, OPT), ranks)
     size = 4 if on_cpu else 2
     cache = 2**30 if on_cpu else 2 * OPT.layers * OPT.kv_width * size * 8 * 128
     assert found.moments["generate"].kv_cache == cache
@@ -449,7 +454,7 @@ def test_vllm_has_weights_and_a_cache_of_its_own(on_cpu: bool) -> None:
     assert scored.kv_cache == (2**30 if on_cpu else 0)
     plain = step_memory(
         load_config(None, {**settings, "step3.rollout.engine": "continuous"}),
-        3, Shapes(OPT, OPT), ranks,
+        PPO, Shapes(OPT, OPT), ranks,
     )  # fmt: skip
     more = scored.weights - plain.moments["score with reference"].weights
     assert more == (size * OPT.causal if on_cpu else 0)

@@ -26,6 +26,7 @@ from rlhf.plan.time import (
     step_time,
     training_flops,
 )
+from rlhf.stages import get
 
 OPT = shape_of(known_config("facebook/opt-125m") or {})
 ONE = Speeds(flops=1e12, memory=1e11, inside=1e10, between=1e9)
@@ -102,7 +103,7 @@ def test_offloading_costs_transfers_and_an_optimiser_in_ram() -> None:
 def test_more_ranks_are_faster_and_parts_add_up(step: int) -> None:
     config = load_config(None)
     one, eight = (
-        step_time(config, step, Shapes(OPT, OPT), Ranks(n, False, n), ONE) for n in (1, 8)
+        step_time(config, get(step), Shapes(OPT, OPT), Ranks(n, False, n), ONE) for n in (1, 8)
     )
     assert eight.compute == pytest.approx(one.compute / 8, rel=0.01)
     assert one.sent == 0 < eight.sent
@@ -110,7 +111,7 @@ def test_more_ranks_are_faster_and_parts_add_up(step: int) -> None:
     for found in (one, eight):
         parts = found.compute + found.generate + found.send + found.offload
         assert found.seconds == pytest.approx(parts)
-    apart = step_time(config, step, Shapes(OPT, OPT), Ranks(8, False, 4), ONE)
+    apart = step_time(config, get(step), Shapes(OPT, OPT), Ranks(8, False, 4), ONE)
     assert apart.send == pytest.approx(10 * eight.send)  # the slower link
 
 

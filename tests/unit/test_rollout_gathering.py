@@ -13,6 +13,7 @@ from rlhf.config.resolve import decisive
 from rlhf.engine import comm, memory
 from rlhf.errors import ConfigError
 from rlhf.rollout import gathering as rule
+from rlhf.stages import PPO
 
 GB = 10**9
 
@@ -113,4 +114,4 @@ def test_never_is_refused_where_it_means_nothing(settings: dict[str, Any], said:
 def test_a_run_goes_on_with_another_choice() -> None:
     """From a checkpoint: the same result but for rounding."""
     whole = load_config(None, {"step3.rollout.gather": "always"}).model_dump()
-    assert decisive(whole, 3) == decisive(load_config(None).model_dump(), 3)
+    assert decisive(whole, PPO) == decisive(load_config(None).model_dump(), PPO)

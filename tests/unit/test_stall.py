@@ -17,6 +17,7 @@ from launch.failure import explain, read_records
 from launch.spec import PROJECT_ROOT
 from launch.supervise import Outcome
 from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.stages import SFT
 
 STEP = """
 import sys, time
@@ -61,7 +62,7 @@ def test_a_hang_ends_with_its_stack_and_its_cause(tmp_path: Path) -> None:
     assert record.phase == "evaluate"
     assert "no progress for 3 s" in record.message
     (tmp_path / "log").write_text(shown)
-    said = str(explain(1, Outcome(1, 0, 1.0, tmp_path / "log", 0), logs))
+    said = str(explain(SFT, Outcome(1, 0, 1.0, tmp_path / "log", 0), logs))
     assert "no progress for 3 s (launch.stall_timeout)" in said
     assert "a file system that does not answer" in said
 
@@ -101,7 +102,7 @@ def test_ranks_that_lost_a_stopped_driver_say_so(tmp_path: Path) -> None:
     assert "no sign of life of the driver for 2 s" in content["message"]
     (tmp_path / "log").touch()
     outcome = Outcome(143, 0, 1.0, tmp_path / "log", 0, spread=True)
-    said = str(explain(1, outcome, tmp_path, absent=["rank 1"]))
+    said = str(explain(SFT, outcome, tmp_path, absent=["rank 1"]))
     assert "the driver was stopped (Ctrl-Z, SIGSTOP)" in said
     assert "dmesg" not in said
     assert "killed?" not in said
