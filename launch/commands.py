@@ -41,6 +41,12 @@ def _plan(argv: Sequence[str]) -> int:
     return plan_command.main(argv)
 
 
+def _show(argv: Sequence[str]) -> int:
+    from launch import show
+
+    return show.main(argv)
+
+
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "certify": _certify,
@@ -49,4 +55,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "example": _example,
     "plan": _plan,
+    "show": _show,
 }

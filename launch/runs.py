@@ -23,7 +23,7 @@ from rlhf.store.checkpoints import newest
 FINISHED, GOING_ON, STOPPED, DIED, WAITING = (
     "finished", "going on", "stopped", "died", "not started",
 )  # fmt: skip
-_OUTPUT = "output"
+OUTPUT = "output"
 _LOG_END = 16384
 
 
@@ -50,10 +50,10 @@ class StepState:
 def find_run(given: str, verb: str) -> RunDir:
     """The run of that directory, or of that name below output/. Raises RequirementError."""
     place = Path(given).expanduser().absolute()
-    for path in (place, Path(_OUTPUT).absolute() / given):
+    for path in (place, Path(OUTPUT).absolute() / given):
         if is_run(path):
             return RunDir(path)
-    there = sorted(path.name for path in Path(_OUTPUT).glob("*") if is_run(path))
+    there = sorted(path.name for path in Path(OUTPUT).glob("*") if is_run(path))
     known = f" Runs in output/: {', '.join(there)}." if there else ""
     what = "this directory holds no run" if place.is_dir() else "no such run"
     raise RequirementError(
