@@ -11,6 +11,12 @@ def _certify(argv: Sequence[str]) -> int:
     return certify.main(argv)
 
 
+def _chat(argv: Sequence[str]) -> int:
+    from launch import chat
+
+    return chat.main(argv)
+
+
 def _doctor(argv: Sequence[str]) -> int:
     from launch import doctor
 
@@ -35,11 +41,19 @@ def _plan(argv: Sequence[str]) -> int:
     return plan_command.main(argv)
 
 
+def _show(argv: Sequence[str]) -> int:
+    from launch import show
+
+    return show.main(argv)
+
+
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "certify": _certify,
+    "chat": _chat,
     "doctor": _doctor,
     "evaluate": _evaluate,
     "example": _example,
     "plan": _plan,
+    "show": _show,
 }

@@ -7,7 +7,6 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from launch import execute, failure
@@ -22,6 +21,7 @@ from launch.options import (
     split_overrides,
 )
 from launch.plan import Plan, StepPlan, launch_spec
+from launch.runs import find_run
 from launch.supervise import Outcome
 from rlhf import stages
 from rlhf.config.load import build_config, parse_overrides, with_values
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> tuple[RunDir, StepPlan, bool]:
     """The run, what its processes are told, and whether to stop at that."""
     flags, asked = parse_flags(argv)
-    run = RunDir(_run_directory(flags.run))
+    run = find_run(flags.run, "evaluate")
     if not run.artifact("ppo").is_dir():
         raise RequirementError(
             f"evaluate {flags.run}: {stages.PPO} has published nothing in {run.path}: "
@@ -180,17 +180,6 @@ def _describe(run: RunDir, item: StepPlan) -> str:
             f"asked    {asked.prompts} answers of each model, judge: {judge}",
             f"         $ {shlex.join(item.spec.argv)}",
         ]
-    )
-
-
-def _run_directory(given: str) -> Path:
-    place = Path(given).expanduser().absolute()
-    for path in (place, Path("output").absolute() / given):
-        if path.is_dir():
-            return path
-    raise RequirementError(
-        f"evaluate {given}: no such run. Give the directory that `python train.py` names at its "
-        "end, e.g. output/tiny_cpu"
     )
 
 

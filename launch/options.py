@@ -118,7 +118,8 @@ class Parser(argparse.ArgumentParser):
         if wrong:
             close = nearest(wrong[1].split("=")[0], self._option_string_actions)
             hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"{message}.{hint} `python train.py --help` lists the flags")
+        command = self.prog if self.prog.startswith("rlhf ") else f"python {self.prog}"
+        raise ConfigError(f"{message}.{hint} `{command} --help` lists the flags")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -198,7 +199,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         refuse_seeds(flags, overrides)
     recipe = find_recipe(flags.config, flags.actor_model)
     values, origins = flag_values(flags)
-    asked = {**_from_environment(environ, values), **parse_overrides(overrides)}
+    asked = {**from_environment(environ, values), **parse_overrides(overrides)}
     actor, reward = (model_name(name) for name in (flags.actor_model, flags.reward_model))
     config = load_config(recipe, asked, values, origins)
     return Options(
@@ -260,7 +261,8 @@ def flag_values(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     return values, origins
 
 
-def _from_environment(environ: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+def from_environment(environ: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the hub's own variables, where no flag says otherwise."""
     found: dict[str, Any] = {}
     if environ.get("HF_ENDPOINT", "").strip() and "hub.endpoint" not in values:
         found["hub.endpoint"] = environ["HF_ENDPOINT"]

@@ -43,6 +43,7 @@ def _earlier(run: RunDir) -> list[Any]:
 def _entry(item: StepPlan) -> dict[str, Any]:
     return {
         "step": item.step,
+        "stage": item.stage.name,
         "action": "skip" if item.done else "run",
         "reason": item.reason,
         "parents": item.resolved.parents,

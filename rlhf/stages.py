@@ -29,9 +29,9 @@ class Need:
     """The setting that, where it is set, makes the artifact one that a stage can do without."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
-    """One kind of stage."""
+    """One kind of stage; equal to itself alone."""
 
     name: str
     number: int
@@ -71,6 +71,8 @@ class Stage:
     """Its artifact is evaluated by a script of its own, `evaluation.py`, after it is published."""
     measured: str = ""
     """The figure on held-out rows by which it is known."""
+    curves: tuple[tuple[str, str], ...] = ()
+    """Of its metrics those to be shown first: (metric, its name for a person)."""
     inherits: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """A setting that may be left unset -> (kind of parent, the parent's setting that it takes)."""
     model_from: Mapping[str, str] = field(default_factory=dict)
@@ -101,6 +103,7 @@ SFT = Stage(
     base="step1.model.name",
     model_flag="--actor-model",
     measured="perplexity",
+    curves=(("eval/perplexity", "perplexity, held out"), ("train/loss", "loss")),
 )
 REWARD = Stage(
     name="reward",
@@ -120,6 +123,7 @@ REWARD = Stage(
     model_flag="--reward-model",
     scalar=True,
     measured="accuracy",
+    curves=(("eval/accuracy", "accuracy, held out"), ("train/loss", "loss")),
     inherits={
         "step2.max_prompt_length": ("sft", "step1.max_prompt_length"),
         "step2.max_length": ("sft", "step1.max_length"),
@@ -144,6 +148,15 @@ PPO = Stage(
     generates=True,
     parts=("actor", "critic", "actor_ema"),
     evaluates=True,
+    curves=(
+        ("score_normalised", "reward, normalised"),
+        ("kl_per_answer", "KL, nats an answer"),
+        ("answer_length", "length, tokens"),
+        ("eos_fraction", "answers that end"),
+        ("entropy", "entropy, nats"),
+        ("clip_fraction", "clip fraction"),
+        ("explained_variance", "explained variance"),
+    ),
     inherits={
         "step3.rollout.max_prompt_length": ("sft", "step1.max_prompt_length"),
         "data.template": ("sft", "data.template"),

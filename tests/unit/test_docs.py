@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import evaluation, plan_command
+from launch import chat, evaluation, plan_command, show
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
 from rlhf.certify import main as certify
@@ -109,7 +109,7 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def flags() -> set[str]:
-    parsers = (parser(), plan_command.parser(), certify.parser())
+    parsers = (parser(), plan_command.parser(), certify.parser(), chat.parser(), show.parser())
     return {flag for one in parsers for flag in one._option_string_actions}
 
 
@@ -132,6 +132,8 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
     words = command[2:] if command[:2] == ["python", "-m"] else command
     if words[:2] == ["python", "train.py"]:
         check_driver(words[2:])
+    elif words[0] == "rlhf":
+        check_driver(words[1:])
     elif command[:2] == ["python", "-m"]:
         check_module(*words)
     elif words[0] == "deepspeed":
@@ -145,6 +147,12 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 def check_driver(argv: list[str]) -> None:
     if argv[:1] == ["plan"]:
         plan_command.parse(argv[1:])
+        return
+    if argv[:1] == ["chat"]:
+        chat.parse(argv[1:])
+        return
+    if argv[:1] == ["show"]:
+        show.parser().parse_args(argv[1:])
         return
     if argv[:1] == ["certify"]:
         certify.parser().parse_args(argv[1:])

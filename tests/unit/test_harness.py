@@ -33,6 +33,7 @@ from rlhf.errors import (
 )
 from rlhf.harness import StepRun, Stopped, only_one, run_step
 from rlhf.resume import Keeper
+from rlhf.stages import SFT
 from rlhf.store import RunDir, verify
 from tests.unit import model_help as help_
 from tests.unit.driver_help import make_artifact
@@ -387,9 +388,7 @@ def test_a_failure_at_the_end_alone_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_save_that_nobody_waited_for_tells_what_went_wrong(tmp_path: Path) -> None:
-    run: Any = SimpleNamespace(
-        config=RunConfig(), directory=RunDir(tmp_path), resolved=SimpleNamespace(step=1), at_end=[]
-    )
+    run: Any = SimpleNamespace(config=RunConfig(), directory=RunDir(tmp_path), stage=SFT, at_end=[])
     keeper = Keeper(run, {}, data_fingerprint="rows")
 
     def write() -> None:

@@ -166,7 +166,7 @@ def pace(out: Path, case: str) -> dict[str, Any]:
     quiet.update = quiet.write = quiet.after = lambda *_, **__: None
     plans = [[[[0]]] * 90]
     work = Supervised(
-        1, "SFT", TrainConfig(log_every=5), plans, collate=collate, step=one_step,
+        "SFT", TrainConfig(log_every=5), plans, collate=collate, step=one_step,
         evaluate=dict, shown=(), compared=(), epoch_line=str,
     )  # fmt: skip
     work.train(90, {"step": 0, "evaluation": {}}, quiet, quiet, quiet, rank_pace)
