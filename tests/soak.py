@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.guard import descendants, is_rank
+from rlhf.stages import STAGES
 from rlhf.store import verify
 from rlhf.track import read_metrics
 
