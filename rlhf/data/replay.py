@@ -9,10 +9,13 @@ T = TypeVar("T")
 
 
 class Replayable(Generic[T]):
-    """`make(skipped)` gives the stream without its first `skipped` items, without making them."""
+    """`make(skipped)` gives the stream without its first `skipped` items, without making them.
 
-    def __init__(self, make: Callable[[int], Iterator[T]]) -> None:
-        self._make, self._taken = make, 0
+    `unit`: items in one of those that states of earlier releases count, as `taken`.
+    """
+
+    def __init__(self, make: Callable[[int], Iterator[T]], *, unit: int = 1) -> None:
+        self._make, self._taken, self._unit = make, 0, unit
         self._stream: Iterator[T] | None = None
 
     def __iter__(self) -> Replayable[T]:
@@ -26,7 +29,8 @@ class Replayable(Generic[T]):
         return item
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self._taken}
+        return {"items": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._taken, self._stream = int(state["taken"]), None
+        items = state["items"] if "items" in state else state["taken"] * self._unit
+        self._taken, self._stream = int(items), None

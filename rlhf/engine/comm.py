@@ -86,6 +86,17 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return tensor
 
 
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' tensors of one shape: (ranks, *shape), on every rank."""
+    if world_size() == 1:
+        return tensor[None]
+    # gloo has no bool.
+    sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent.contiguous())
+    return torch.stack(parts).to(tensor.dtype)
+
+
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Sums each value over the ranks, in float64; all ranks pass the same keys."""
     keys = sorted(values)

@@ -144,7 +144,7 @@ def uneven_rollout(out: Path) -> None:
     engine = help_.train_engine(module, engine=settings)
     sampler = build_rollout(
         "continuous", engine.deepspeed, help_.tokenizer(), batch_size=4, seed=1,
-        rank=comm.rank(), gather=lambda: kept_whole(engine.module.parameters()),
+        rank=comm.rank(), world=2, gather=lambda: kept_whole(engine.module.parameters()),
     )  # fmt: skip
     ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(4))
     limit = 3 if comm.rank() == 0 else 17
@@ -184,7 +184,7 @@ def layer_by_layer(out: Path) -> None:
                 module.register_forward_hook(count)
         sampler = build_rollout(
             "continuous", engine.deepspeed, help_.tokenizer(), batch_size=2, seed=1,
-            rank=comm.rank(), **gathering(how, "continuous", engine.module).options,
+            rank=comm.rank(), world=2, **gathering(how, "continuous", engine.module).options,
         )  # fmt: skip
         rows = 2 if comm.rank() == 0 else 5  # ranks with unequal work
         ids = torch.randint(3, 200, (rows, 6), generator=torch.Generator().manual_seed(4))
