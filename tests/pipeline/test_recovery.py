@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -107,7 +108,7 @@ def test_a_driver_that_is_told_to_stop_saves(
     assert figures(step_dir) == figures(whole)
 
 
-LIMIT = 3_850_000_000  # bytes of address space: 64 rows take 4.3e9, 32 take 3.4e9
+LIMIT = 3_500_000_000  # bytes of address space: 64 rows take about 4.3e9, 32 take 3.4e9
 
 
 def test_auto_batch_finds_what_fits(root: Path) -> None:
@@ -130,6 +131,9 @@ def test_auto_batch_finds_what_fits(root: Path) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT)),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    told = "out of memory; --auto-batch sets step1.train.micro_batch_size 64 -> 32"
-    assert done.stdout.count(told) == done.stdout.count("--auto-batch sets") == 1
+    told = r"out of memory; --auto-batch sets step1.train.micro_batch_size (\d+) -> (\d+)"
+    halvings = [(int(old), int(new)) for old, new in re.findall(told, done.stdout)]
+    assert done.stdout.count("--auto-batch sets") == len(halvings)
+    # How many it takes depends on how much the machine's libraries map.
+    assert halvings == [(64, 32), (32, 16), (16, 8)][: len(halvings)] != []
     verify(root / "tight" / "step1_sft" / "artifact", "sft")
