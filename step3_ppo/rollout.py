@@ -134,9 +134,7 @@ class Rollout:
         device = self.input_ids.device
         batches = [self.rows(torch.tensor(rows or [0], device=device)) for rows in pieces]
         return [
-            batch
-            if rows
-            else replace(batch, answer_mask=torch.zeros_like(batch.answer_mask))
+            batch if rows else replace(batch, answer_mask=torch.zeros_like(batch.answer_mask))
             for rows, batch in zip(pieces, batches, strict=True)
         ]
 

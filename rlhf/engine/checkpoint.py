@@ -18,6 +18,7 @@ from rlhf.engine.zero3 import full_size
 from rlhf.errors import ArtifactError
 from rlhf.store.checkpoints import EngineShape
 
+
 def shape(engine: TrainEngine) -> EngineShape:
     """What the engine's state is of."""
     trained = sum(full_size(p) for p in engine.module.parameters() if p.requires_grad)

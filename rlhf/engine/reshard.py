@@ -67,7 +67,9 @@ class Shards:
         for rank in range(self.world):
             found = self._load(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             self._ranks.append(found["optimizer_state_dict"])
-        self.shapes = {n: shape for group in self.common["param_shapes"] for n, shape in group.items()}
+        self.shapes = {
+            n: shape for group in self.common["param_shapes"] for n, shape in group.items()
+        }
         for rank in range(self.world):
             for name, piece in self._of_rank(rank):
                 self._pieces.setdefault(name, []).append(piece)
@@ -206,7 +208,10 @@ def _put_partitioned(engine: TrainEngine, shards: Shards, trained: dict[Any, str
         for group in zero.optimizer.param_groups:
             (flat,) = group["params"]
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-            zero.optimizer.state[flat] = {"step": steps_for(zero.optimizer, steps, flat.device), **moments}
+            zero.optimizer.state[flat] = {
+                "step": steps_for(zero.optimizer, steps, flat.device),
+                **moments,
+            }
         zero._lazy_init_hp_params_optimizer_state()  # as before its first step
     for parameter, name in trained.items():
         weight = shards.weight(name)
@@ -218,7 +223,7 @@ def _put_partitioned(engine: TrainEngine, shards: Shards, trained: dict[Any, str
 
 
 def _put_sharded(engine: TrainEngine, shards: Shards, trained: dict[Any, str]) -> None:
-    """ZeRO 3: this rank's state is made as DeepSpeed would have saved it, and DeepSpeed reads it."""
+    """ZeRO 3: DeepSpeed reads this rank's state, made as it would have saved it."""
     steps, zero = shards.steps, engine.deepspeed.optimizer
 
     def flat(group: list[Any], whole: Any) -> Tensor:

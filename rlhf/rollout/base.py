@@ -59,6 +59,8 @@ class Rollouts(RolloutEngine):
         self.stop = StopStrings(tokenizer, stop)
         self.gather = gather
         self.lockstep = lockstep
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is none of {world}")
         self.rank, self.world = rank, world
         self.generator = torch.Generator().manual_seed(seed)
 

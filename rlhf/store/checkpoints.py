@@ -212,7 +212,7 @@ def differences(
 
 
 def conversion(record: Checkpoint, world_size: int, engines: Mapping[str, EngineShape]) -> str:
-    """What is converted for the processes and ZeRO stages of now, for a person; "" if nothing is."""
+    """What is converted for the present processes and ZeRO stages; "" if nothing is."""
 
     def told(processes: int, shapes: Mapping[str, EngineShape]) -> str:
         stages = sorted({shapes[name].zero_stage for name in engines})

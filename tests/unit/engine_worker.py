@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from step1_sft.main import sft_step
 from step3_ppo.main import main as step3_main
 from step3_ppo.update import update
 from tests.unit import model_help as help_
+from tests.unit.rank_help import finish
 from tests.unit.steps_help import ppo_settings, scored_rollout
 
 DECAY = 0.9
@@ -238,20 +237,11 @@ PARTS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    comm.init_distributed()
-    torch.manual_seed(0)
+def main(out: Path) -> None:
     for name in sys.argv[2:] or PARTS:
         PARTS[name](out)
         comm.barrier()
-    (out / f"done{comm.rank()}").touch()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:  # not a normal end: a destructor might wait for the other rank for ever
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(0 if (Path(sys.argv[1]) / f"done{comm.rank()}").exists() else 1)
+    finish(main)

@@ -1,0 +1,72 @@
+"""One of two gloo ranks: reads what one process saved, goes on, and saves for one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config.schema import EngineConfig
+from rlhf.engine import comm
+from rlhf.engine.checkpoint import load_engine, save_engine
+from rlhf.engine.ema import WeightEMA
+from rlhf.engine.train import TrainEngine
+from step1_sft.main import sft_step
+from tests.unit import model_help as help_
+from tests.unit.rank_help import finish
+
+SAVED = (0, 2, 3)
+
+
+def engine(
+    stage: int, dtype: str = "float32", lora: dict[str, Any] | None = None, **optim: Any
+) -> TrainEngine:
+    """Two parameter groups: biases and norms are without weight decay."""
+    settings = EngineConfig(zero_stage=stage)
+    policy = help_.load_policy(engine=settings, dtype=dtype, lora=lora)
+    return help_.train_engine(policy, engine=settings, dtype=dtype, **{"weight_decay": 0.1} | optim)
+
+
+def train(engine: TrainEngine, steps: int) -> list[dict[str, float]]:
+    """Optimiser steps on this rank's part of the same rows."""
+    mine = help_.sft_rows()[comm.rank() :: comm.world_size()]
+    return [sft_step(engine, help_.sft_batches(mine, 4)) for _ in range(steps)]
+
+
+def average(engine: TrainEngine, place: Path) -> None:
+    """Saves an EMA that differs from the weights, each rank its state; and what it publishes."""
+    ema = WeightEMA(engine.module, 0.5)
+    for average in ema.averages:
+        average.mul_(2.0)
+    torch.save(ema.state_dict(), f"{place}.{comm.rank()}")
+    publish(ema, engine, place)
+
+
+def publish(ema: WeightEMA, engine: TrainEngine, place: Path) -> None:
+    with ema.swapped_in():
+        whole = help_.weights(engine.module)
+    if comm.rank() == 0:
+        torch.save(whole, f"{place}.whole")
+
+
+def main(out: Path) -> None:
+    for stage in SAVED:
+        for other in SAVED:
+            name = f"one{stage}-two{other}"
+            two = engine(other)
+            load_engine(two, out / f"one{stage}", stage=stage, world=1)
+            save_engine(two, out / name)
+            ema = WeightEMA(two.module, 0.5)
+            ema.load_shards([torch.load(f"{out / f'one{stage}'}.ema.0")])
+            publish(ema, two, out / f"{name}.ema")
+            found = train(two, 2)
+            if comm.rank() == 0:
+                (out / f"{name}.json").write_text(json.dumps(found))
+            if stage == 0:
+                save_engine(two, out / f"two{other}")
+
+
+if __name__ == "__main__":
+    finish(main)
