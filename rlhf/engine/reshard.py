@@ -9,6 +9,8 @@ takes its share of them: nothing is written, and no more than one parameter is w
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from rlhf.engine.zero3 import share
 from rlhf.errors import ArtifactError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Where four models share one base, which they do not at ZeRO 3, the critic's adapter has a name of
+# its own, and its head is not inside peft's model.
+_ADAPTER = re.compile(r"\.(lora_\w+)\.\w+(?=\.|$)")
+_HEAD = re.compile(r"\.modules_to_save\.\w+")
+_IN_PEFT = "model.base_model.model."
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Shards:
     def __post_init__(self) -> None:
         first = "zero_pp_rank_0_mp_rank_00" if self.stage == 3 else "mp_rank_00"
         self.common = self._load(f"{first}_model_states.pt")
+        self._module = plain_names(self.common["module"])
         self._ranks: list[dict[str, Any]] = []
         self._pieces: dict[str, list[Piece]] = {}
         if self.stage == 0:
@@ -67,9 +75,8 @@ class Shards:
         for rank in range(self.world):
             found = self._load(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             self._ranks.append(found["optimizer_state_dict"])
-        self.shapes = {
-            n: shape for group in self.common["param_shapes"] for n, shape in group.items()
-        }
+        shapes: list[dict[str, torch.Size]] = self.common["param_shapes"]
+        self.shapes = {n: shape for group in shapes for n, shape in plain_names(group).items()}
         for rank in range(self.world):
             for name, piece in self._of_rank(rank):
                 self._pieces.setdefault(name, []).append(piece)
@@ -96,7 +103,7 @@ class Shards:
     def weight(self, name: str) -> Tensor:
         """The fp32 master weight, in the parameter's shape."""
         if self.stage == 0:
-            return self.common["module"][name].float()
+            return self._module[name].float()
         return self._whole(name, [self._flat_weights(rank) for rank in range(self.world)])
 
     def moment(self, name: str, kind: str) -> Tensor:
@@ -129,12 +136,12 @@ class Shards:
         found = []
         if self.stage < 3:
             for group, mapping in enumerate(self._ranks[rank]["param_slice_mappings"]):
-                for name, place in mapping.items():
+                for name, place in plain_names(mapping).items():
                     found.append((name, Piece(rank, group, place.start, place.numel)))
             return found
         for group, shapes in enumerate(self.common["param_shapes"]):
             start = 0
-            for name, shape in shapes.items():
+            for name, shape in plain_names(shapes).items():
                 share = math.ceil(shape.numel() / self.world)
                 left = max(min(share, shape.numel() - rank * share), 0)
                 found.append((name, Piece(rank, group, start, left)))
@@ -147,9 +154,9 @@ class Shards:
         sizes = [len(group["params"]) for group in optimizer["param_groups"]]
         if sizes != [len(group) for group in self.groups]:
             raise self._unfit("its parameters were in other groups (weight decay, head's rate)")
-        order = [name for group in self.groups for name in group]
+        order = [plain_name(name) for group in self.groups for name in group]
         self._states = {order[number]: state for number, state in optimizer["state"].items()}
-        self.shapes = {name: self.common["module"][name].shape for name in order}
+        self.shapes = {name: self._module[name].shape for name in order}
         for name, state in self._states.items():
             if state[MOMENTS[0]].shape != self.shapes[name]:
                 raise self._unfit(f"{name} has the moments of another parameter")
@@ -168,10 +175,20 @@ class Shards:
         )
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name, whatever the adapter's is and whether models share a base."""
+    return _ADAPTER.sub(r".\1", _HEAD.sub("", name)).removeprefix(_IN_PEFT)
+
+
+def plain_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {plain_name(name): value for name, value in values.items()}
+
+
 @torch.no_grad()
 def put(engine: TrainEngine, shards: Shards) -> None:
     """The whole state into this engine, whatever its ranks and stage. Collective."""
-    trained = {p: name for name, p in engine.module.named_parameters() if p.requires_grad}
+    named = engine.module.named_parameters()
+    trained = {p: plain_name(name) for name, p in named if p.requires_grad}
     shapes = {name: getattr(p, "ds_shape", p.shape) for p, name in trained.items()}
     if shapes != shards.shapes:
         names = sorted(name for name, _ in shapes.items() ^ shards.shapes.items())

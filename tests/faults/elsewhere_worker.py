@@ -1,4 +1,7 @@
-"""One of two gloo ranks: reads what one process saved, goes on, and saves for one process."""
+"""One of two gloo ranks: reads what one process saved, goes on, and saves for one process.
+
+Engines first; then the steps that `jobs.json` names.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from rlhf.config.schema import EngineConfig
@@ -14,8 +18,10 @@ from rlhf.engine.checkpoint import load_engine, save_engine
 from rlhf.engine.ema import WeightEMA
 from rlhf.engine.train import TrainEngine
 from step1_sft.main import sft_step
+from tests.faults.test_resume import cut_off
 from tests.unit import model_help as help_
 from tests.unit.rank_help import finish
+from tests.unit.test_steps_main import config, step
 
 SAVED = (0, 2, 3)
 
@@ -66,6 +72,20 @@ def main(out: Path) -> None:
                 (out / f"{name}.json").write_text(json.dumps(found))
             if stage == 0:
                 save_engine(two, out / f"two{other}")
+    for job in json.loads((out / "jobs.json").read_text()):
+        work(**job)
+
+
+def work(
+    number: int, changes: dict[str, Any], root: str, run: str, stop_at: int | None = None
+) -> None:
+    """A step, in as many processes as there are; ended right after position `stop_at` was saved."""
+    settings = config(Path(root), **{"checkpoint": {"save_every": 1}} | changes)
+    if stop_at is None:
+        step(number, settings, Path(root) / "run", Path(run))
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            cut_off(patch, stop_at, number, settings, Path(run), Path(root))
 
 
 if __name__ == "__main__":
