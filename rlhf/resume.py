@@ -13,7 +13,9 @@ import torch
 
 from rlhf.config.resolve import decisive
 from rlhf.engine import checkpoint, comm
-from rlhf.engine.train import TrainEngine
+from rlhf.engine.ema import WeightEMA
+from rlhf.engine.integrity import Integrity
+from rlhf.engine.train import FrozenEngine, TrainEngine
 from rlhf.errors import ArtifactError, ConfigError, RequirementError, UserError
 from rlhf.harness import StepRun, Stopped, put_away
 from rlhf.redact import redact_tree
@@ -50,6 +52,7 @@ class Keeper:
         engines: name -> engine whose weights and optimiser are state.
         parts: name -> other state of this rank (sampling, averages, KL controller).
         data_fingerprint: of the rows that are trained on.
+        frozen: name -> engine that only reads; its weights are looked after.
 
     A checkpoint holds these, every rank's random generators and the loop's own state.
     """
@@ -61,6 +64,7 @@ class Keeper:
         parts: Mapping[str, Stateful] | None = None,
         *,
         data_fingerprint: str,
+        frozen: Mapping[str, FrozenEngine] | None = None,
     ) -> None:
         self.run, self.engines, self.parts = run, dict(engines), dict(parts or {})
         self.settings = run.config.checkpoint
@@ -73,6 +77,12 @@ class Keeper:
         # What is written already is not lost when the step fails right after it.
         run.at_end.append(self._end)
         self._saved_at = time.monotonic()
+        self._integrity = None
+        if self.settings.check_every:
+            averages = {n: p for n, p in self.parts.items() if isinstance(p, WeightEMA)}
+            self._integrity = Integrity(
+                self.engines, frozen or {}, lambda text: run.say(text), averages
+            )
 
     def restore(self) -> dict[str, Any]:
         """The loop's state at the newest checkpoint that verifies; {} where there is none.
@@ -100,7 +110,7 @@ class Keeper:
                 world=made["world_size"],
                 learning_rate_scale=scale,
             )
-        mine = self._restore_rank(path, made["world_size"], found["position"])
+        mine = self._restore_rank(path, found)
         self.metrics_bytes = found["metrics_bytes"]
         for name, seconds in mine["phases"].items():
             self.run.phases[name] = self.run.phases.get(name, 0.0) + seconds
@@ -113,20 +123,21 @@ class Keeper:
         self.run.can_save = True
         return dict(mine["state"])
 
-    def _restore_rank(self, path: Path, world: int, position: int) -> dict[str, Any]:
+    def _restore_rank(self, path: Path, found: dict[str, Any]) -> dict[str, Any]:
         """What a rank keeps besides the engines; returns its file.
 
         Other ranks than those that wrote it draw dropout anew: their generators had other users.
         """
+        world = found["made"]["world_size"]
         if world == comm.world_size():
             mine = self._read(path / f"rank{self.run.rank}.pt")
             checkpoint.set_random_state(mine["random"])
         else:
             mine = self._read(path / "rank0.pt")
-            checkpoint.new_random_state(self.run.config.seed, position, self.run.rank)
+            checkpoint.new_random_state(self.run.config.seed, found["position"], self.run.rank)
         for name, part in self.parts.items():
-            if isinstance(part, Sharded):
-                files = (self._read(path / f"rank{rank}.pt") for rank in range(world))
+            if found["converted"] and isinstance(part, Sharded):
+                files = [self._read(path / f"rank{rank}.pt", mmap=True) for rank in range(world)]
                 part.load_shards([file["parts"][name] for file in files])
             else:
                 part.load_state_dict(mine["parts"][name])
@@ -143,9 +154,13 @@ class Keeper:
         """Call after each optimiser step or iteration, all of its figures logged.
 
         Saves when it is time, at the end of a long training (`last`), and when the run is told to
-        stop; then raises Stopped.
+        stop; then raises Stopped. Before that, and every `checkpoint.check_every`, it looks for
+        weights that changed by themselves; raises Corrupted.
         """
         stop, due = self._agree(position, last)
+        every = self.settings.check_every
+        if self._integrity and (due or stop or last or position % every == 0):
+            self._integrity.check(position)
         if due or stop:
             self._save(position, state, metrics_bytes)
         if stop:
@@ -279,9 +294,9 @@ class Keeper:
             changed = []
         return checkpoints.refusal(path, fatal, changed)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path, *, mmap: bool = False) -> dict[str, Any]:
         try:
-            return dict(torch.load(path, weights_only=True, map_location="cpu"))
+            return dict(torch.load(path, weights_only=True, map_location="cpu", mmap=mmap))
         except Exception as error:
             raise ArtifactError(
                 f"{path}: cannot be read ({error}); to start the step again: --resume never"

@@ -24,6 +24,7 @@ from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
 from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
+from rlhf.stragglers import Stragglers
 from step3_ppo.answers import answer_ids
 from step3_ppo.cast import live_cast, metrics_of
 from step3_ppo.conclude import publish
@@ -68,7 +69,10 @@ def main(run: StepRun) -> None:
 
     with run.phase("train"):
         trainer = Trainer(run, roles, tokenizer, prompts, per_iteration, iterations, world)
-        keeper = Keeper(run, trainer.engines, trainer.parts, data_fingerprint=rows.fingerprint)
+        frozen = {"reference": roles.reference, "reward model": roles.reward}
+        keeper = Keeper(
+            run, trainer.engines, trainer.parts, data_fingerprint=rows.fingerprint, frozen=frozen
+        )
         state = keeper.restore()
         trainer.iteration = done = state.get("iteration", 0)
         _same_prompts(state.get("prompts", per_iteration), per_iteration, world)
@@ -84,6 +88,7 @@ def main(run: StepRun) -> None:
 def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
     """All iterations that are left; logs and saves."""
     settings, iterations = run.config.step3, trainer.iterations
+    trainer.pace = pace = Stragglers.of(run)
     with (
         track.open_tracker(
             run.config.track,
@@ -105,7 +110,7 @@ def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
                 eos=stats["eos_fraction"],
             )
             if trainer.iteration % settings.log_every == 0 or trainer.iteration == iterations:
-                tracker.log(stats, trainer.iteration)
+                tracker.log(stats | pace.figures(trainer.iteration), trainer.iteration)
             keeper.after(
                 trainer.iteration,
                 {"iteration": trainer.iteration, "prompts": trainer.per_iteration},
@@ -151,6 +156,7 @@ class Trainer:
     per_iteration: int
     iterations: int
     world: int
+    pace: Stragglers | None = None
 
     def __post_init__(self) -> None:
         settings = self.run.config.step3
@@ -160,8 +166,7 @@ class Trainer:
         self.controller = build_kl_controller(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self.statistics = self.roles.reward.module.statistics
         self.ema = WeightEMA(self.roles.actor.module, ppo.ema_decay) if ppo.ema_decay else None
-        unit = settings.micro_batch_size * self.world
-        self.ptx_rows = data.Replayable(self._ptx_rows, unit=unit)
+        self.ptx_rows = data.Replayable(self._ptx_rows, items=self._rows_in)
         self.ptx = PtxBatches(self._ptx_batches, ppo.ptx_coef) if ppo.ptx_coef else None
         actor = self.roles.actor
         how = gathering(rollout.gather, rollout.engine, actor.module)
@@ -202,7 +207,7 @@ class Trainer:
         kl_in_reward = settings.kl_place == "reward"
         size = data.Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         for prompts in itertools.islice(self._prompt_batches(), self.iterations - self.iteration):
-            clock = Clock()
+            clock = Clock(self.pace)
             # 1. The policy answers.
             with self.roles.actor.evaluating():
                 rollout = generate(self.sampler, prompts, rollout_settings)
@@ -310,6 +315,12 @@ class Trainer:
         for number in itertools.count(epoch):
             yield from data.row_order(len(self._sft_rows), self.run.config.seed, number)[skipped:]
             skipped = 0
+
+    def _rows_in(self, micro_batches: int) -> int:
+        """Step 1's rows in so many micro-batches, each of which no epoch's end divided."""
+        size, rows = self.run.config.step3.micro_batch_size * self.world, len(self._sft_rows)
+        epochs, more = divmod(micro_batches, -(-rows // size))
+        return epochs * rows + more * size
 
     def _ptx_batches(self, rows: int) -> list[data.SFTBatch]:
         """This rank's micro-batches of the next so many of step 1's rows, over all ranks."""

@@ -11,11 +11,13 @@ T = TypeVar("T")
 class Replayable(Generic[T]):
     """`make(skipped)` gives the stream without its first `skipped` items, without making them.
 
-    `unit`: items in one of those that states of earlier releases count, as `taken`.
+    `items`: how many items are in so many of those that states of earlier releases count.
     """
 
-    def __init__(self, make: Callable[[int], Iterator[T]], *, unit: int = 1) -> None:
-        self._make, self._taken, self._unit = make, 0, unit
+    def __init__(
+        self, make: Callable[[int], Iterator[T]], *, items: Callable[[int], int] = int
+    ) -> None:
+        self._make, self._taken, self._items = make, 0, items
         self._stream: Iterator[T] | None = None
 
     def __iter__(self) -> Replayable[T]:
@@ -32,5 +34,5 @@ class Replayable(Generic[T]):
         return {"items": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        items = state["items"] if "items" in state else state["taken"] * self._unit
-        self._taken, self._stream = int(items), None
+        self._taken = state["items"] if "items" in state else self._items(state["taken"])
+        self._stream = None

@@ -12,6 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from rlhf.engine.waiting import watch_collectives
+
 DEFAULT_TIMEOUT = 1800
 
 
@@ -31,6 +33,7 @@ def init_distributed() -> tuple[int, int]:
     if not deepspeed.comm.is_initialized():
         timeout = collective_timeout()
         bind_timeout()
+        watch_collectives()
         deepspeed.init_distributed(timeout=timeout)
     return rank(), world_size()
 
@@ -87,7 +90,7 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """All ranks' tensors of one shape: (ranks, *shape), on every rank."""
+    """(...) of each rank -> (world size, ...), on every rank; all pass the same shape and dtype."""
     if world_size() == 1:
         return tensor[None]
     # gloo has no bool.

@@ -118,6 +118,10 @@ class Shards:
         ]
         return self._whole(name, flat)
 
+    def buffer(self, name: str) -> Tensor:
+        found: Tensor = self._module[name]
+        return found
+
     def _whole(self, name: str, flat: list[Any]) -> Tensor:
         parts = [flat[p.rank][p.group][p.start : p.start + p.numel] for p in self._pieces[name]]
         return torch.cat(parts).view(self.shapes[name])
@@ -195,9 +199,9 @@ def put(engine: TrainEngine, shards: Shards) -> None:
         raise shards._unfit(f"{names[0]} is not in both, or has another shape")
     stage = engine.config["zero_optimization"]["stage"]
     {0: _put_whole, 3: _put_sharded}.get(stage, _put_partitioned)(engine, shards, trained)
-    buffers = dict(engine.module.named_buffers())
-    for name in shards.common["buffer_names"]:
-        buffers[name].copy_(shards.common["module"][name])
+    buffers = plain_names(dict(engine.module.named_buffers()))
+    for name in map(plain_name, shards.common["buffer_names"]):
+        buffers[name].copy_(shards.buffer(name))
     outer = engine.deepspeed
     if shards.scaler is not None and hasattr(outer.optimizer, "loss_scaler"):
         outer.optimizer.loss_scaler = shards.scaler

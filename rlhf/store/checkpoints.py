@@ -215,9 +215,11 @@ def conversion(record: Checkpoint, world_size: int, engines: Mapping[str, Engine
     """What is converted for the present processes and ZeRO stages; "" if nothing is."""
 
     def told(processes: int, shapes: Mapping[str, EngineShape]) -> str:
-        stages = sorted({shapes[name].zero_stage for name in engines})
+        stages = {name: shapes[name].zero_stage for name in engines}
         some = "1 process" if processes == 1 else f"{processes} processes"
-        return f"{some}, ZeRO {' and '.join(map(str, stages))}"
+        if len(set(stages.values())) == 1:
+            return f"{some}, ZeRO {min(stages.values())}"
+        return f"{some}, {', '.join(f'{name} ZeRO {stage}' for name, stage in stages.items())}"
 
     was, now = told(record.world_size, record.engines), told(world_size, engines)
     return "" if was == now else f"checkpoint of {was}, read for {now}"

@@ -20,7 +20,7 @@ from rlhf.engine.train import TrainEngine
 from step1_sft.main import sft_step
 from tests.faults.test_resume import cut_off
 from tests.unit import model_help as help_
-from tests.unit.rank_help import finish
+from tests.unit.ranks_help import finish
 from tests.unit.test_steps_main import config, step
 
 SAVED = (0, 2, 3)

@@ -29,7 +29,7 @@ from step1_sft.main import sft_step
 from step3_ppo.main import main as step3_main
 from step3_ppo.update import update
 from tests.unit import model_help as help_
-from tests.unit.rank_help import finish
+from tests.unit.ranks_help import finish
 from tests.unit.steps_help import ppo_settings, scored_rollout
 
 DECAY = 0.9

@@ -20,7 +20,7 @@ from rlhf.track import read_metrics
 from step1_sft.main import sft_step
 from step3_ppo.update import update
 from tests.unit import model_help as help_
-from tests.unit.rank_help import in_two_ranks
+from tests.unit.ranks_help import two_ranks
 from tests.unit.steps_help import ppo_settings, scored_rollout
 
 
@@ -29,7 +29,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two ranks wrote."""
     out = tmp_path_factory.mktemp("ranks")
     help_.tiny(), help_.lively(), help_.reward_dir()  # made here, since ranks would race
-    in_two_ranks("tests.unit.engine_worker", out)
+    two_ranks("tests.unit.engine_worker", out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Two gloo ranks of this machine that run a test module's `main`, and end even if one fails."""
+"""Two gloo ranks of a test's own program: starting them, and ending such a program."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from tests.unit import model_help as help_
 TIMEOUT = 240
 
 
-def in_two_ranks(module: str, out: Path) -> None:
-    """`python -m module out` as two ranks; fails the test with their logs unless both `finish`."""
+def two_ranks(module: str, out: Path, *arguments: str) -> None:
+    """Runs `python -m MODULE OUT ARGUMENTS...` as two ranks; each touches OUT/doneK at its end.
+
+    Fails with both logs (OUT/rankK.log) where one does not.
+    """
     common = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -36,7 +39,7 @@ def in_two_ranks(module: str, out: Path) -> None:
         with log.open("w") as stream:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", module, str(out)],
+                    [sys.executable, "-m", module, str(out), *arguments],
                     env=env,
                     cwd=help_.ROOT,
                     stdout=stream,
@@ -58,7 +61,7 @@ def in_two_ranks(module: str, out: Path) -> None:
 
 
 def finish(main: Callable[[Path], None]) -> None:
-    """What such a module ends with: joins the other rank, runs `main(out)`, ends the process."""
+    """What such a program ends with: joins the other rank, runs `main(OUT)`, ends the process."""
     out = Path(sys.argv[1])
     try:
         comm.init_distributed()
