@@ -309,6 +309,10 @@ class Trainer:
                 response_column=config.step1.response_column,
             ).dataset
 
+    @functools.cached_property
+    def _sft_lengths(self) -> list[int]:
+        return data.row_lengths(self._sft_rows)
+
     def _ptx_rows(self, skipped: int) -> Iterator[int]:
         """Numbers of step 1's rows, for ever, without the first `skipped`."""
         epoch, skipped = divmod(skipped, len(self._sft_rows))
@@ -325,10 +329,13 @@ class Trainer:
     def _ptx_batches(self, rows: int) -> list[data.SFTBatch]:
         """This rank's micro-batches of the next so many of step 1's rows, over all ranks."""
         taken = [next(self.ptx_rows) for _ in range(rows)]
-        part, size = self._sft_rows.select(taken), self.run.config.step3.micro_batch_size
-        dealt = data.deal(range(rows), data.row_lengths(part), size, self.run.rank, self.world)
-        pad = self.tokenizer.pad_token_id
-        return [data.collate_sft(part.select(index).to_list(), pad) for index in dealt]
+        size, pad = self.run.config.step3.micro_batch_size, self.tokenizer.pad_token_id
+        batches = []
+        for start in range(0, rows, size * self.world):
+            part = taken[start : start + size * self.world]
+            for index in data.deal(part, self._sft_lengths, size, self.run.rank, self.world):
+                batches.append(data.collate_sft(self._sft_rows.select(index).to_list(), pad))
+        return batches
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from rlhf.engine.checkpoint import load_engine, save_engine
 from rlhf.engine.reshard import MOMENTS, Shards
+from rlhf.engine.safe_load import load_safely
 from rlhf.engine.train import TrainEngine
 from rlhf.errors import ArtifactError
 from tests.faults import elsewhere_worker as worker
@@ -92,6 +93,22 @@ def test_before_the_first_update(tmp_path: Path) -> None:
         found = worker.train(second, 2)
         for one, two in zip(expected, found, strict=True):
             assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_after_a_resume_as_it_was(tmp_path: Path) -> None:
+    """What an engine saves that was itself read back can be read elsewhere; so can files of torch's
+    older format, which earlier releases wrote then."""
+    first = worker.engine(2)
+    worker.train(first, 1)
+    save_engine(first, tmp_path / "a")
+    second = worker.engine(2)
+    load_engine(second, tmp_path / "a", stage=2, world=1)
+    was = saved(second, tmp_path / "b", 2)
+    for path in was.directory.rglob("*.pt"):
+        torch.save(load_safely(path), path, _use_new_zipfile_serialization=path.name[0] == "m")
+    third = worker.engine(3)
+    load_engine(third, was.directory, stage=2, world=1)
+    same_state(was, saved(third, tmp_path / "c", 3))
 
 
 @pytest.mark.parametrize("kind", MOMENTS)
