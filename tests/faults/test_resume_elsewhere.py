@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import step3_ppo.main
 from rlhf.engine.checkpoint import load_engine, save_engine
+from rlhf.engine.ema import WeightEMA
 from rlhf.engine.reshard import Shards
 from rlhf.errors import ConfigError
 from tests.faults import elsewhere_worker as worker
@@ -64,7 +65,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     jobs: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         help_.world_of_one(patch)
-        for stage in worker.SAVED:
+        for stage in worker.STAGES:
             one = worker.engine(stage)
             worker.train(one, 2)
             save_engine(one, out / f"one{stage}")
@@ -151,13 +152,13 @@ def test_prompts_that_cannot_be_shared_out_are_refused(
         step(3, settings, root / "run", tmp_path)
 
 
-@pytest.mark.parametrize("stage", worker.SAVED)
+@pytest.mark.parametrize("stage", worker.STAGES)
 def test_two_ranks_read_what_one_wrote(ranks: Path, stage: int) -> None:
     one = worker.engine(stage)
     load_engine(one, ranks / f"one{stage}", stage=stage, world=1)
     expected = worker.train(one, 2)
     was = Shards(ranks / f"one{stage}", stage, 1, one.groups)
-    for other in worker.SAVED:
+    for _, other in (pair for pair in worker.PAIRS if pair[0] == stage):
         name = f"one{stage}-two{other}"
         same_state(was, Shards(ranks / name, other, 2, one.groups))
         found = json.loads((ranks / f"{name}.json").read_text())
@@ -165,28 +166,36 @@ def test_two_ranks_read_what_one_wrote(ranks: Path, stage: int) -> None:
             assert theirs == pytest.approx(ours, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", worker.SAVED)
+@pytest.mark.parametrize("stage", worker.STAGES)
 def test_one_reads_what_two_ranks_wrote(ranks: Path, tmp_path: Path, stage: int) -> None:
     """And that is what one process has after the same four updates; its average, too."""
     whole = worker.engine(0)
     worker.train(whole, 4)
     expected = worker.train(whole, 2)
-    for other in worker.SAVED:
+    average = torch.load(ranks / "one0.ema.whole")
+    for other in (stage, (stage + 2) % 4):
         one = worker.engine(other)
         load_engine(one, ranks / f"two{stage}", stage=stage, world=2)
         same_state(
             Shards(ranks / f"two{stage}", stage, 2, one.groups),
             saved(one, tmp_path / str(other), other),
         )
+        ema = WeightEMA(one.module, 0.5)
+        ema.load_shards([torch.load(ranks / f"two{stage}.ema.{rank}") for rank in (0, 1)])
+        worker.publish(ema, one, tmp_path / f"{other}.ema")
+        same_average(average, tmp_path / f"{other}.ema.whole")
         for ours, theirs in zip(worker.train(one, 2), expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", worker.SAVED)
-def test_the_average_moves_too(ranks: Path, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "other"), worker.PAIRS)
+def test_the_average_moves_too(ranks: Path, stage: int, other: int) -> None:
     """What EMA publishes after a resume elsewhere is what was averaged before."""
     expected = torch.load(ranks / f"one{stage}.ema.whole")
-    for other in worker.SAVED:
-        found = torch.load(ranks / f"one{stage}-two{other}.ema.whole")
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), name
+    same_average(expected, ranks / f"one{stage}-two{other}.ema.whole")
+
+
+def same_average(expected: dict[str, torch.Tensor], place: Path) -> None:
+    found = torch.load(place)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
