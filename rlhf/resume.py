@@ -263,12 +263,10 @@ class Keeper:
                     "world_size": record.world_size,
                     "stages": {name: shape.zero_stage for name, shape in record.engines.items()},
                 },
-                "converted": checkpoints.conversion(
-                    record,
-                    comm.world_size(),
-                    {name: checkpoint.shape(e) for name, e in self.engines.items()},
-                ),
             }
+            if not answer["refused"]:
+                shapes = {name: checkpoint.shape(e) for name, e in self.engines.items()}
+                answer["converted"] = checkpoints.conversion(record, comm.world_size(), shapes)
         except UserError as error:
             answer["error"] = str(error)
         except OSError as error:

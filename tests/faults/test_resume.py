@@ -224,6 +224,17 @@ def test_what_cannot_be_read_back_is_refused(
         step(1, saving(root, change, resume="always"), root / "run", cut)
 
 
+def test_a_model_that_was_not_there_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRPO has no critic whose state PPO could go on from."""
+    grpo = {"step3": {"algorithm": "grpo", "rollout": {"samples_per_prompt": 2}}}
+    ppo = {"step3": {"algorithm": "ppo", "rollout": {"samples_per_prompt": 2}}}
+    cut_off(monkeypatch, 1, 3, saving(root, grpo), tmp_path, root)
+    with pytest.raises(ConfigError, match=r"the critic was None, it is .* now; or, .*--resume"):
+        step(3, saving(root, ppo, resume="always"), root / "run", tmp_path)
+
+
 def test_other_data_are_refused(root: Path, cut: Path) -> None:
     """The rows under the same path have changed meanwhile."""
     other = cut / "data"
