@@ -213,8 +213,8 @@ def finished_step(
 def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) -> str:
     """The checkpoint that the step goes on from; "" if there is none.
 
-    Raises ConfigError if it was made with other settings, parents or processes. That it is whole
-    is proven by the step itself.
+    Raises ConfigError if it was made with other settings or parents. That it is whole is proven by
+    the step itself.
     """
     found = newest(options.run.resume(resolved.row))
     if found is None:
@@ -224,14 +224,15 @@ def unfinished(options: Options, resolved: ResolvedStep, parents: list[Parent]) 
         record,
         settings=redact_tree(decisive(jsonable(resolved.config), resolved.row)),
         parents={parent.name: parent.id or parent.path for parent in parents},
-        world_size=resolved.world_size,
     )
     fatal += [f"{maker_of(p.name)} runs again first" for p in parents if p.here]
     if resolved.config.checkpoint.resume == "always":
         changed = []
     if problem := refusal(place, fatal, changed):
         raise ConfigError(problem)
-    return f"{place.name} (saved {record.created})"
+    was, now = record.world_size, resolved.world_size
+    other = "" if was == now else f", by {was} process{'es' if was > 1 else ''}: {now} now"
+    return f"{place.name} (saved {record.created}{other})"
 
 
 def recovery_scale(run: RunDir, stage: Stage) -> float:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -34,6 +34,15 @@ class Stateful(Protocol):
         """Tensors, numbers, texts, lists and dicts of them."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Sharded(Stateful, Protocol):
+    """A part whose state is not the same on all ranks."""
+
+    def load_shards(self, states: list[dict[str, Any]]) -> None:
+        """Continue from the states of all ranks of a run with other ranks or another ZeRO stage."""
+        ...
 
 
 class Keeper:
@@ -92,13 +101,16 @@ class Keeper:
                     engine.set_hyperparameters(engine.hyperparameters(), scale)
             self.run.can_save = True
             return {}
-        path = Path(found["path"])
-        mine = self._read(path / f"rank{self.run.rank}.pt")
+        path, made = Path(found["path"]), found["made"]
         for name, engine in self.engines.items():
-            checkpoint.load_engine(engine, path / name, learning_rate_scale=scale)
-        for name, part in self.parts.items():
-            part.load_state_dict(mine["parts"][name])
-        checkpoint.set_random_state(mine["random"])
+            checkpoint.load_engine(
+                engine,
+                path / name,
+                stage=made["stages"][name],
+                world=made["world_size"],
+                learning_rate_scale=scale,
+            )
+        mine = self._restore_rank(path, found)
         self.metrics_bytes = found["metrics_bytes"]
         for name, seconds in mine["phases"].items():
             self.run.phases[name] = self.run.phases.get(name, 0.0) + seconds
@@ -106,8 +118,30 @@ class Keeper:
             f"{self.run.stage}: going on from {path.name} "
             f"({found['position']} done), saved {found['created']}"
         )
+        if found["converted"]:
+            self.run.say(f"{self.run.stage}: {found['converted']}")
         self.run.can_save = True
         return dict(mine["state"])
+
+    def _restore_rank(self, path: Path, found: dict[str, Any]) -> dict[str, Any]:
+        """What a rank keeps besides the engines; returns its file.
+
+        Other ranks than those that wrote it draw dropout anew: their generators had other users.
+        """
+        world = found["made"]["world_size"]
+        if world == comm.world_size():
+            mine = self._read(path / f"rank{self.run.rank}.pt")
+            checkpoint.set_random_state(mine["random"])
+        else:
+            mine = self._read(path / "rank0.pt")
+            checkpoint.new_random_state(self.run.config.seed, found["position"], self.run.rank)
+        for name, part in self.parts.items():
+            if found["converted"] and isinstance(part, Sharded):
+                files = [self._read(path / f"rank{rank}.pt", mmap=True) for rank in range(world)]
+                part.load_shards([file["parts"][name] for file in files])
+            else:
+                part.load_state_dict(mine["parts"][name])
+        return mine
 
     def after(
         self,
@@ -225,7 +259,14 @@ class Keeper:
                 "position": record.position,
                 "created": record.created,
                 "metrics_bytes": record.metrics_bytes,
+                "made": {
+                    "world_size": record.world_size,
+                    "stages": {name: shape.zero_stage for name, shape in record.engines.items()},
+                },
             }
+            if not answer["refused"]:
+                shapes = {name: checkpoint.shape(e) for name, e in self.engines.items()}
+                answer["converted"] = checkpoints.conversion(record, comm.world_size(), shapes)
         except UserError as error:
             answer["error"] = str(error)
         except OSError as error:
@@ -238,7 +279,6 @@ class Keeper:
             record,
             settings=redact_tree(decisive(jsonable(self.run.config), stage)),
             parents=self.run.parent_ids(),
-            world_size=comm.world_size(),
         )
         if record.step != stage.number:
             fatal.append(f"it is one of step {record.step}")
@@ -246,15 +286,15 @@ class Keeper:
             fatal.append("the training data was other data")
         for name, engine in self.engines.items():
             ours, theirs = checkpoint.shape(engine), record.engines.get(name)
-            if ours != theirs:
+            if theirs is None or not ours.same_weights(theirs):
                 fatal.append(f"the {name} was {theirs}, it is {ours} now")
         if self.settings.resume == "always":
             changed = []
         return checkpoints.refusal(path, fatal, changed)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path, *, mmap: bool = False) -> dict[str, Any]:
         try:
-            return dict(torch.load(path, weights_only=True, map_location="cpu"))
+            return dict(torch.load(path, weights_only=True, map_location="cpu", mmap=mmap))
         except Exception as error:
             raise ArtifactError(
                 f"{path}: cannot be read ({error}); to start the step again: --resume never"

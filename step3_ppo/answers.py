@@ -92,6 +92,7 @@ class Questions:
             stop=rollout_settings.stop,
             seed=self.seed,
             rank=comm.rank(),
+            world=comm.world_size(),
             **gathering(rollout_settings.gather, name, engine.module).options,
         )
         size = data.Budget(self.settings.micro_batch_size, self.settings.micro_batch_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -73,7 +74,9 @@ def main(run: StepRun) -> None:
         keeper = Keeper(
             run, trainer.engines, trainer.parts, data_fingerprint=rows.fingerprint, frozen=frozen
         )
-        trainer.iteration = done = keeper.restore().get("iteration", 0)
+        state = keeper.restore()
+        trainer.iteration = done = state.get("iteration", 0)
+        _same_prompts(state.get("prompts", per_iteration), per_iteration, world)
         _train(run, trainer, keeper, done)
 
     with run.phase("publish"):
@@ -111,7 +114,7 @@ def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
                 tracker.log(stats | pace.figures(trainer.iteration), trainer.iteration)
             keeper.after(
                 trainer.iteration,
-                {"iteration": trainer.iteration},
+                {"iteration": trainer.iteration, "prompts": trainer.per_iteration},
                 metrics_bytes=tracker.metrics_bytes,
                 last=trainer.iteration == iterations,
             )
@@ -131,6 +134,16 @@ def _prompts_per_iteration(settings: RLConfig, available: int, world: int) -> in
             f"{settings.ppo.minibatches}: lower that, or bring more prompts"
         )
     return prompts
+
+
+def _same_prompts(before: int, now: int, world: int) -> None:
+    """Raises ConfigError where these processes cannot share out the checkpoint's iterations."""
+    if before != now:
+        raise ConfigError(
+            f"step 3: the checkpoint's iterations have {before} prompts, {world} process(es) can "
+            f"share out {now}: start with a number of processes that {before} is a multiple of, "
+            "or start the step again: --resume never"
+        )
 
 
 @dataclass
@@ -154,8 +167,8 @@ class Trainer:
         self.controller = build_kl_controller(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self.statistics = self.roles.reward.module.statistics
         self.ema = WeightEMA(self.roles.actor.module, ppo.ema_decay) if ppo.ema_decay else None
-        self.ptx_batches = data.Replayable(self._ptx_batches)
-        self.ptx = PtxBatches(self.ptx_batches, ppo.ptx_coef) if ppo.ptx_coef else None
+        self.ptx_rows = data.Replayable(self._ptx_rows, items=self._rows_in)
+        self.ptx = PtxBatches(self._ptx_batches, ppo.ptx_coef) if ppo.ptx_coef else None
         actor = self.roles.actor
         how = gathering(rollout.gather, rollout.engine, actor.module)
         if how.why:
@@ -168,6 +181,7 @@ class Trainer:
             stop=rollout.stop,
             seed=self.run.config.seed,
             rank=self.run.rank,
+            world=self.world,
             **how.options,
         )
 
@@ -184,7 +198,7 @@ class Trainer:
         if self.ema is not None:
             parts["ema"] = self.ema
         if self.ptx is not None:
-            parts["ptx"] = self.ptx_batches
+            parts["ptx"] = self.ptx_rows
         return parts
 
     def iterate(self) -> Iterator[dict[str, float]]:
@@ -230,7 +244,8 @@ class Trainer:
                 ppo,
                 temperature=temperature,
                 micro_batch_size=size,
-                seed=self.run.config.seed + 7919 * self.iteration + 100_003 * self.run.rank,
+                seed=self.run.config.seed + 7919 * self.iteration,
+                samples=rollout_settings.samples_per_prompt,
                 train_actor=self.iteration >= ppo.critic_warmup,
                 kl_loss_coef=self._kl_loss_coef(stats["kl_coef"]),
                 ptx=self.ptx,
@@ -280,11 +295,12 @@ class Trainer:
                 mine = order[start : start + wanted][self.run.rank :: self.world]
                 yield data.collate_prompts(self.prompts.select(mine).to_list(), pad).to(device)
 
-    def _ptx_batches(self, skipped: int) -> Iterator[data.SFTBatch]:
-        """Step 1's rows, for ever, a micro-batch at a time, without the first `skipped`."""
+    @functools.cached_property
+    def _sft_rows(self) -> Any:
+        """Step 1's rows."""
         config = self.run.config
         with comm.rank_zero_first():
-            rows = data.prepare(
+            return data.prepare(
                 config.data,
                 SFT,
                 self.tokenizer,
@@ -293,20 +309,34 @@ class Trainer:
                 max_length=config.step1.max_length,
                 response_column=config.step1.response_column,
             ).dataset
-        size = config.step3.micro_batch_size
-        for epoch in itertools.count():
-            plan = data.plan_batches(
-                data.row_lengths(rows),
-                batch_size=size * self.world,
-                micro_batch_size=size,
-                rank=self.run.rank,
-                world_size=self.world,
-                seed=config.seed,
-                epoch=epoch,
-            )
-            for (index,) in plan[skipped:]:
-                yield data.collate_sft(rows.select(index).to_list(), self.tokenizer.pad_token_id)
-            skipped = max(skipped - len(plan), 0)
+
+    @functools.cached_property
+    def _sft_lengths(self) -> list[int]:
+        return data.row_lengths(self._sft_rows)
+
+    def _ptx_rows(self, skipped: int) -> Iterator[int]:
+        """Numbers of step 1's rows, for ever, without the first `skipped`."""
+        epoch, skipped = divmod(skipped, len(self._sft_rows))
+        for number in itertools.count(epoch):
+            yield from data.row_order(len(self._sft_rows), self.run.config.seed, number)[skipped:]
+            skipped = 0
+
+    def _rows_in(self, micro_batches: int) -> int:
+        """Step 1's rows in so many micro-batches, each of which no epoch's end divided."""
+        size, rows = self.run.config.step3.micro_batch_size * self.world, len(self._sft_rows)
+        epochs, more = divmod(micro_batches, -(-rows // size))
+        return epochs * rows + more * size
+
+    def _ptx_batches(self, rows: int) -> list[data.SFTBatch]:
+        """This rank's micro-batches of the next so many of step 1's rows, over all ranks."""
+        taken = [next(self.ptx_rows) for _ in range(rows)]
+        size, pad = self.run.config.step3.micro_batch_size, self.tokenizer.pad_token_id
+        batches = []
+        for start in range(0, rows, size * self.world):
+            part = taken[start : start + size * self.world]
+            for index in data.deal(part, self._sft_lengths, size, self.run.rank, self.world):
+                batches.append(data.collate_sft(self._sft_rows.select(index).to_list(), pad))
+        return batches
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from rlhf.data.plan import Budget, piece_sizes, pieces_needed
+from rlhf.data.plan import Budget, deal, piece_sizes, pieces_needed
 from rlhf.engine import comm
 from rlhf.rollout.generation import Generation
 
@@ -102,6 +102,41 @@ class Rollout:
                 value = value[:, :width]
             changed[field.name] = value
         return replace(self, **changed)
+
+    def of_all_ranks(self, samples: int) -> Rollout:
+        """Every rank's rows, on each rank: prompts in the order in which they were dealt to the
+        ranks, with `samples` answers each. Every rank has as many rows. Collective."""
+        prompt, answer = self.prompt_width, self.answer_mask.shape[1]
+        read = 0 if self.read_ids is None else self.read_ids.shape[1] - prompt
+        found = torch.tensor([prompt, answer, read], device=self.input_ids.device)
+        most = comm.all_reduce(found.clone(), "max") - found
+        left, right, more_read = most.tolist()
+        changed: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if field.name in ("input_ids", "attention_mask"):
+                value = torch.nn.functional.pad(value, (left, right))
+            elif field.name in ("read_ids", "read_mask"):
+                value = torch.nn.functional.pad(value, (left, more_read))
+            elif value.dim() == 2:
+                value = torch.nn.functional.pad(value, (0, right))
+            ranks = comm.all_gather(value).unflatten(1, (-1, samples))
+            changed[field.name] = ranks.transpose(0, 1).flatten(0, 2)
+        return replace(self, **changed)
+
+    def dealt(self, index: Tensor, size: int | Budget) -> list[Rollout]:
+        """This rank's micro-batches of rows `index`, where every rank has all rows: as many on
+        every rank; where there is none for it, a row that counts for nothing."""
+        lengths = self.attention_mask.sum(dim=1).tolist()
+        pieces = deal(index.tolist(), lengths, size, comm.rank(), comm.world_size())
+        device = self.input_ids.device
+        batches = [self.rows(torch.tensor(rows or [0], device=device)) for rows in pieces]
+        return [
+            batch if rows else replace(batch, answer_mask=torch.zeros_like(batch.answer_mask))
+            for rows, batch in zip(pieces, batches, strict=True)
+        ]
 
     def micro_batches(self, index: Tensor, size: int | Budget) -> list[Tensor]:
         """Rows `index` in groups within `size`, of similar length, as few as possible.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,9 +47,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class PtxBatches:
-    """SFT micro-batches mixed into each actor step (ALGORITHM.md 36)."""
+    """SFT rows mixed into each actor step (ALGORITHM.md 36)."""
 
-    batches: Iterator[SFTBatch]
+    take: Callable[[int], list[SFTBatch]]
+    """This rank's micro-batches of the next so many rows over all ranks; as many on every rank."""
     coef: float
 
 
@@ -100,6 +101,7 @@ def update(
     temperature: float,
     micro_batch_size: int | Budget,
     seed: int,
+    samples: int = 1,
     train_actor: bool = True,
     kl_loss_coef: float = 0.0,
     ptx: PtxBatches | None = None,
@@ -108,8 +110,10 @@ def update(
 ) -> dict[str, float]:
     """PPO epochs over minibatches of one rollout, for actor and critic.
 
-    `began` is the critic's first step, where it has been taken already. Every loss is divided by
-    the number of counted tokens of the optimiser step over all ranks (30). `after_step()` runs
+    `began` is the critic's first step, where it has been taken already. `seed` is the same on all
+    ranks: with several minibatches each is a part of all ranks' rows, `samples` to a prompt,
+    whoever generated them. Every loss is divided by the number of counted tokens of the optimiser
+    step over all ranks (30). `after_step()` runs
     after each actor step (EMA). Returns means over the iteration and, as `first_ratio_error` and
     `first_approx_kl`, how far the first minibatch was from ratio 1 (20).
     """
@@ -117,15 +121,21 @@ def update(
     actor_totals, critic_totals = Totals(), Totals()
     first: dict[str, float] = {}
     norms: dict[str, float] = {}
-    stopped, steps = not train_actor, 0
+    stopped, steps, world = not train_actor, 0, comm.world_size()
+    together = settings.minibatches > 1 and world > 1
+    if together:
+        rollout = rollout.of_all_ranks(samples)
     if began is not None:
         critic_totals, norms["critic_grad_norm"] = began.totals, began.grad_norm
     for epoch in range(settings.epochs):
         # 31. A new permutation for each PPO epoch.
         order = torch.randperm(len(rollout), generator=generator).to(rollout.input_ids.device)
         for minibatch in order.tensor_split(settings.minibatches):
-            groups = rollout.micro_batches(minibatch, micro_batch_size)
-            batches = [rollout.rows(index) for index in groups]
+            if together:
+                rows, batches = len(minibatch), rollout.dealt(minibatch, micro_batch_size)
+            else:
+                groups = rollout.micro_batches(minibatch, micro_batch_size)
+                rows, batches = len(minibatch) * world, [rollout.rows(index) for index in groups]
             tokens = _counted_tokens(batches)
             if critic is not None and (began is None or epoch):
                 norms["critic_grad_norm"] = critic_step(
@@ -134,8 +144,10 @@ def update(
             if stopped:
                 continue
             totals = Totals()
+            extra = [] if ptx is None else ptx.take(rows)
+            weight = 0.0 if ptx is None else ptx.coef
             norms["actor_grad_norm"] = actor_step(
-                actor, batches, tokens, settings, totals, temperature, kl_loss_coef, ptx
+                actor, batches, tokens, settings, totals, temperature, kl_loss_coef, extra, weight
             )
             steps += 1
             if after_step is not None:
@@ -170,13 +182,14 @@ def actor_step(
     totals: Totals,
     temperature: float,
     kl_loss_coef: float,
-    ptx: PtxBatches | None,
+    ptx: Sequence[SFTBatch] = (),
+    ptx_coef: float = 0.0,
 ) -> float:
     """One optimiser step of the policy; returns the gradient norm."""
 
     def loss_of(batch: Any) -> torch.Tensor:
         if isinstance(batch, SFTBatch):
-            return _ptx_loss(actor, batch, ptx_tokens, totals) * (ptx.coef if ptx else 0.0)
+            return _ptx_loss(actor, batch, ptx_tokens, totals) * ptx_coef
         counted = batch.answer_mask
         flat = {
             name: batch.need(name)[counted]
@@ -205,10 +218,9 @@ def actor_step(
         )
         return loss / tokens
 
-    extra: list[SFTBatch] = []
+    extra = [batch.to(actor.device) for batch in ptx]
     ptx_tokens = 1.0
-    if ptx is not None:
-        extra = [next(ptx.batches).to(actor.device) for _ in batches]
+    if extra:
         counted = sum(float((b.labels[:, 1:] != IGNORED).sum()) for b in extra)
         ptx_tokens = max(comm.sum_over_ranks({"tokens": counted})["tokens"], 1.0)
     return actor.step([*batches, *extra], loss_of)

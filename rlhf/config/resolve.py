@@ -171,10 +171,16 @@ _NOT_DECISIVE = (
     "rollout.gather",
     "log_every",
 )
+# Shards are converted when a checkpoint is read.
+_ANYWHERE = "engine.zero_stage"
 
 
 def decisive(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """Dotted name -> value, of the settings that must be the same to go on from a checkpoint."""
     left_out = {f"{stage.section}.{name}" for name in _NOT_DECISIVE}
     flat = flatten(section_of(config, stage))
-    return {name: value for name, value in flat.items() if name not in left_out}
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in left_out and not name.endswith(_ANYWHERE)
+    }

@@ -6,7 +6,7 @@ Batches are tensors: their module is imported at first use, so that the preview 
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.decision import Template, choose_template, decide_template
-from rlhf.data.plan import Budget, plan_batches, whole_pass
+from rlhf.data.plan import Budget, deal, plan_batches, row_order, whole_pass
 from rlhf.data.prepare import HeldOut, StageData, prepare
 from rlhf.data.replay import Replayable
 from rlhf.data.texts import texts
@@ -37,10 +37,12 @@ __all__ = [
     "collate_pairs",
     "collate_prompts",
     "collate_sft",
+    "deal",
     "decide_template",
     "plan_batches",
     "prepare",
     "row_lengths",
+    "row_order",
     "texts",
     "whole_pass",
 ]

@@ -69,6 +69,12 @@ def _filled(lengths: Sequence[int], budget: Budget) -> list[int]:
     return sizes
 
 
+def row_order(count: int, seed: int, epoch: int) -> list[int]:
+    """An epoch's permutation of so many rows."""
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    return order
+
+
 def plan_batches(
     lengths: Sequence[int],
     *,
@@ -92,13 +98,13 @@ def plan_batches(
     Batches are then filled evenly, some a little under batch_size. The number of steps does not
     depend on the epoch or the seed.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
+    order = row_order(len(lengths), seed, epoch)
     if groups is None:
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     else:
         # A column of a data set is slow to read item by item.
         batches = _grouped(order, list(groups), batch_size, seed, epoch)
-    return [_deal(batch, lengths, micro_batch_size, rank, world_size) for batch in batches]
+    return [deal(batch, lengths, micro_batch_size, rank, world_size) for batch in batches]
 
 
 def _grouped(
@@ -128,13 +134,17 @@ def _grouped(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _deal(
-    batch: list[int],
+def deal(
+    batch: Sequence[int],
     lengths: Sequence[int],
     micro_batch_size: int | Budget,
     rank: int,
     world_size: int,
 ) -> list[list[int]]:
+    """This rank's micro-batches of a global batch's rows: as many on every rank, some may be empty.
+
+    Rows are sorted by length (longest first), cut up, and the pieces dealt to the ranks in turn.
+    """
     if not batch:
         return []
     budget = Budget.of(micro_batch_size)
@@ -150,4 +160,4 @@ def whole_pass(
     lengths: Sequence[int], *, micro_batch_size: int | Budget, rank: int, world_size: int
 ) -> list[list[int]]:
     """Every row once over all ranks, for evaluation: this rank's micro-batches of row numbers."""
-    return _deal(list(range(len(lengths))), lengths, micro_batch_size, rank, world_size)
+    return deal(list(range(len(lengths))), lengths, micro_batch_size, rank, world_size)

@@ -9,10 +9,15 @@ T = TypeVar("T")
 
 
 class Replayable(Generic[T]):
-    """`make(skipped)` gives the stream without its first `skipped` items, without making them."""
+    """`make(skipped)` gives the stream without its first `skipped` items, without making them.
 
-    def __init__(self, make: Callable[[int], Iterator[T]]) -> None:
-        self._make, self._taken = make, 0
+    `items`: how many items are in so many of those that states of earlier releases count.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Iterator[T]], *, items: Callable[[int], int] = int
+    ) -> None:
+        self._make, self._taken, self._items = make, 0, items
         self._stream: Iterator[T] | None = None
 
     def __iter__(self) -> Replayable[T]:
@@ -26,7 +31,8 @@ class Replayable(Generic[T]):
         return item
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self._taken}
+        return {"items": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._taken, self._stream = int(state["taken"]), None
+        self._taken = state["items"] if "items" in state else self._items(state["taken"])
+        self._stream = None

@@ -9,30 +9,18 @@ from typing import Any
 
 import numpy
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
+from rlhf.engine import comm
+from rlhf.engine.reshard import Shards, put
+from rlhf.engine.safe_load import SafeCheckpointEngine
 from rlhf.engine.train import TrainEngine
 from rlhf.engine.zero3 import full_size
 from rlhf.errors import ArtifactError
 from rlhf.store.checkpoints import EngineShape
 
-# What DeepSpeed's optimiser states hold besides tensors and plain values.
-_SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-class SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's own, but reading builds tensors and plain values only: no pickled code runs."""
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_SAFE):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
 
 def shape(engine: TrainEngine) -> EngineShape:
-    """What must be the same for the engine to read this state back."""
+    """What the engine's state is of."""
     trained = sum(full_size(p) for p in engine.module.parameters() if p.requires_grad)
     dtype = next(engine.module.parameters()).dtype
     stage = engine.config["zero_optimization"]["stage"]
@@ -51,15 +39,30 @@ def save_engine(engine: TrainEngine, directory: Path) -> None:
     )
 
 
-def load_engine(engine: TrainEngine, directory: Path, *, learning_rate_scale: float = 1.0) -> None:
-    """Reads back what `save_engine` wrote. Collective.
+def load_engine(
+    engine: TrainEngine,
+    directory: Path,
+    *,
+    stage: int,
+    world: int,
+    learning_rate_scale: float = 1.0,
+) -> None:
+    """Reads back what `save_engine` wrote at ZeRO `stage` with `world` ranks. Collective.
 
-    Learning rates and the like are those of the settings, at the checkpoint's place in the
-    schedule; the rates are multiplied by learning_rate_scale. Raises ArtifactError if the state is
-    not this engine's.
+    Another number of ranks or stage is converted (rlhf/engine/reshard.py). Learning rates and the
+    like are those of the settings, at the checkpoint's place in the schedule; the rates are
+    multiplied by learning_rate_scale. Raises ArtifactError if the state is not this engine's.
     """
-    engine.deepspeed.checkpoint_engine = SafeCheckpointEngine()
     configured = engine.hyperparameters()
+    if (stage, world) == (shape(engine).zero_stage, comm.world_size()):
+        _load_as_saved(engine, directory)
+    else:
+        put(engine, Shards(directory, stage, world, engine.groups))
+    engine.set_hyperparameters(configured, learning_rate_scale)
+
+
+def _load_as_saved(engine: TrainEngine, directory: Path) -> None:
+    engine.deepspeed.checkpoint_engine = SafeCheckpointEngine()
     try:
         path, _ = engine.deepspeed.load_checkpoint(
             str(directory), tag="state", load_module_strict=False
@@ -67,13 +70,12 @@ def load_engine(engine: TrainEngine, directory: Path, *, learning_rate_scale: fl
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ArtifactError(
             f"{directory}: DeepSpeed cannot read this state back ({error}). It must be the same "
-            "model, ZeRO stage and number of processes; to start the step again: --resume never"
+            "model; to start the step again: --resume never"
         ) from error
     if path is None:
         raise ArtifactError(
             f"{directory}: DeepSpeed finds no state there; to start the step again: --resume never"
         )
-    engine.set_hyperparameters(configured, learning_rate_scale)
 
 
 def random_state() -> dict[str, Any]:
@@ -100,3 +102,11 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def new_random_state(seed: int, position: int, rank: int) -> None:
+    """Every generator anew, from the run's seed, the place in the step and the rank."""
+    numbers = numpy.random.SeedSequence([seed, position, rank]).generate_state(3)
+    random.seed(int(numbers[0]))
+    numpy.random.seed(numbers[1])
+    torch.manual_seed(int(numbers[2]))

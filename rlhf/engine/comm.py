@@ -92,10 +92,12 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """(...) of each rank -> (world size, ...), on every rank; all pass the same shape and dtype."""
     if world_size() == 1:
-        return tensor.unsqueeze(0)
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor)
-    return torch.stack(parts)
+        return tensor[None]
+    # gloo has no bool.
+    sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent.contiguous())
+    return torch.stack(parts).to(tensor.dtype)
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf.algo.ema import ema_update
-from rlhf.engine.zero3 import drop_gathered, is_sharded, local_tensor
+from rlhf.engine.zero3 import drop_gathered, full_size, is_sharded, local_tensor, share
 
 
 class WeightEMA:
@@ -39,6 +39,18 @@ class WeightEMA:
         """Continue with the averages of `state_dict`."""
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.copy_(saved)
+
+    def load_shards(self, states: list[dict[str, Any]]) -> None:
+        """Continue with the averages of all ranks of a run, of any number and ZeRO stage."""
+        for at, (average, parameter) in enumerate(
+            zip(self.averages, self._parameters, strict=True)
+        ):
+            size = full_size(parameter)
+            first = states[0]["averages"][at]
+            parts = [first] if first.numel() >= size else [s["averages"][at] for s in states]
+            whole = torch.cat([part.flatten() for part in parts])[:size]
+            mine = share(whole, average.numel()) if hasattr(parameter, "ds_tensor") else whole
+            average.copy_(mine.view_as(average))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -14,7 +15,7 @@ _NO_DECAY = ("bias", "norm", "ln_", "layernorm")
 
 def param_groups(
     model: torch.nn.Module, optim: OptimConfig, head_learning_rate: float | None = None
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Trainable parameters by what differs: weight decay (not on biases and norms) and the head.
 
     Every trainable parameter is in exactly one group.
@@ -34,7 +35,7 @@ def param_groups(
 
 
 def build_optimizer(
-    groups: Iterable[dict[str, object]], optim: OptimConfig, *, offload: str = "none"
+    groups: Iterable[dict[str, Any]], optim: OptimConfig, *, offload: str = "none"
 ) -> torch.optim.Optimizer:
     """AdamW: torch's fused kernel, or DeepSpeed's CPU kernel where the state is offloaded."""
     common = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}

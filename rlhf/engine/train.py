@@ -84,6 +84,9 @@ class TrainEngine:
         )
         announce_compile(engine.offload)
         groups = param_groups(model, optim, head_learning_rate)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.groups = [[names[parameter] for parameter in group["params"]] for group in groups]
+        """Names of the parameters in each of the optimiser's groups."""
         optimizer = build_optimizer(groups, optim, offload=engine.offload)
         scheduler = build_scheduler(optimizer, optim, total_steps)
         self.deepspeed, _, _, self.scheduler = deepspeed.initialize(

@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers.integrations import HfDeepSpeedConfig
 
 from rlhf.config.schema import EngineConfig
+from rlhf.engine import comm
 from rlhf.engine.config import deepspeed_config
 
 _GENERATION = -1  # no module's id; a parameter in use by any module is not sharded
@@ -69,6 +70,13 @@ def full_size(parameter: torch.nn.Parameter) -> int:
 def local_tensor(parameter: torch.nn.Parameter) -> torch.Tensor:
     """This rank's storage of a parameter: its ZeRO-3 shard, or the whole."""
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+def share(whole: torch.Tensor, size: int) -> torch.Tensor:
+    """This rank's (size,) elements of a tensor that ZeRO-3 shares out evenly, padded with zeros."""
+    start = comm.rank() * size
+    mine = whole.flatten()[start : start + size]
+    return torch.nn.functional.pad(mine, (0, size - mine.numel()))
 
 
 def drop_gathered(parameters: Iterable[Any]) -> None:

@@ -24,7 +24,10 @@ class Rollouts(RolloutEngine):
         tokenizer: pad and EOS tokens, different; `decode` for stop strings.
         batch_size: rows generated at once.
         stop: strings that end an answer.
-        seed, rank: the generator is seeded with seed + 100003 * rank (ALGORITHM.md 19).
+        seed: of the random numbers, the same on every rank.
+        rank, world: this rank's prompts are every `world`-th of all, from the `rank`-th on, and
+            every rank has as many: so each answer gets the same numbers on any number of ranks
+            (ALGORITHM.md 19).
         gather: makes a context that is entered once per generate, e.g. to gather ZeRO-3
             parameters.
         lockstep: every rank calls forward equally often (ZeRO-3 without `gather`).
@@ -43,6 +46,7 @@ class Rollouts(RolloutEngine):
         stop: Sequence[str] = (),
         seed: int = 0,
         rank: int = 0,
+        world: int = 1,
         gather: Callable[[], AbstractContextManager[Any]] = nullcontext,
         lockstep: bool = False,
     ) -> None:
@@ -55,7 +59,10 @@ class Rollouts(RolloutEngine):
         self.stop = StopStrings(tokenizer, stop)
         self.gather = gather
         self.lockstep = lockstep
-        self.generator = torch.Generator().manual_seed(seed + 100003 * rank)
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is none of {world}")
+        self.rank, self.world = rank, world
+        self.generator = torch.Generator().manual_seed(seed)
 
     @property
     def vocab_size(self) -> int | None:
@@ -96,6 +103,15 @@ class Rollouts(RolloutEngine):
             rows.append(sampled)
         out.read_ids, out.read_mask = out.with_answers(rows, self.pad)
         return out
+
+    def drawn(self, prompts: int, samples: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """Random numbers for `samples` answers to each of this rank's prompts, in their order.
+
+        `draw` gives those of so many answers, (n, ...), from the generator. Those of the other
+        ranks' answers are drawn and left out, a prompt at a time.
+        """
+        mine = slice(self.rank * samples, (self.rank + 1) * samples)
+        return torch.cat([draw(self.world * samples)[mine] for _ in range(prompts)])
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do where generation reads the trained weights themselves."""

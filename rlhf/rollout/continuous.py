@@ -117,8 +117,12 @@ class _Run:
         self.log_probs = torch.zeros(total, self.limit, device=device)
         self.counts = torch.zeros(total, dtype=torch.long, device=device)
         self.ended = torch.zeros(total, dtype=torch.bool, device=device)
-        draws = torch.rand(total, self.limit, dtype=torch.float64, generator=owner.generator)
+        draws = owner.drawn(len(self.lengths), self.samples, self._draw)
         self.uniform = draws.to(device)
+
+    def _draw(self, answers: int) -> Tensor:
+        shape, source = (answers, self.limit), self.owner.generator
+        return torch.rand(shape, dtype=torch.float64, generator=source)
 
     def turn(self, forward: Forward) -> bool:
         """One forward; False when there is nothing left to do, on any rank if in lockstep."""

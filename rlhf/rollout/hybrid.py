@@ -37,7 +37,8 @@ class HybridRollout(Rollouts):
 
     `engine` is a DeepSpeedEngine, a DeepSpeedHybridEngine (GPU) or anything with `.module` that
     has `.generate`. Arguments as in Rollouts; `lockstep` needs nothing, since every rank
-    always takes `max_new_tokens` steps: give all ranks equally many prompts.
+    always takes `max_new_tokens` steps: give all ranks equally many prompts. Ranks sample apart:
+    another number of them gives other answers.
     """
 
     name = "hybrid"
@@ -77,8 +78,8 @@ class HybridRollout(Rollouts):
 
     @contextmanager
     def _random(self) -> Iterator[None]:
-        """torch's random state seeded from our generator inside, unchanged after."""
-        seed = int(torch.randint(2**62, (), generator=self.generator))
+        """torch's random state seeded from our generator and the rank inside, unchanged after."""
+        seed = int(torch.randint(2**62, (), generator=self.generator)) + 100003 * self.rank
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)

@@ -172,7 +172,11 @@ class VLLMRollout(Rollouts):
 
         mask = request.prompt_attention_mask.bool()
         samples = sampling.n_samples_per_prompt
-        seeds = torch.randint(2**31 - 1, (len(mask) * samples,), generator=self.generator)
+        seeds = self.drawn(
+            len(mask),
+            samples,
+            lambda answers: torch.randint(2**31 - 1, (answers,), generator=self.generator),
+        )
         prompts, params = [], []
         for row, seed in enumerate(seeds.tolist()):
             ids = request.prompt_ids[row // samples][mask[row // samples]]

@@ -29,13 +29,18 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class EngineShape(BaseModel):
-    """What must be the same for a DeepSpeed engine to read its state back."""
+    """What a DeepSpeed engine's state is of."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     zero_stage: int
     dtype: str
     trained_parameters: int
+
+    def same_weights(self, other: EngineShape) -> bool:
+        """Can one read what the other wrote? ZeRO stages are converted."""
+        ours, theirs = (one.model_dump(exclude={"zero_stage"}) for one in (self, other))
+        return ours == theirs
 
 
 class Checkpoint(BaseModel):
@@ -196,23 +201,28 @@ def verify_checkpoint(path: Path) -> Checkpoint:
 
 
 def differences(
-    record: Checkpoint,
-    *,
-    settings: Mapping[str, Any],
-    parents: Mapping[str, str | None],
-    world_size: int,
+    record: Checkpoint, *, settings: Mapping[str, Any], parents: Mapping[str, str | None]
 ) -> tuple[list[str], list[str]]:
     """(why it cannot be gone on from at all, which settings have changed), for a person."""
     fatal = []
-    if record.world_size != world_size:
-        fatal.append(
-            f"it was made by {record.world_size} process(es), there are {world_size} now: start "
-            f"with --num-gpus {record.world_size}"
-        )
     for name in sorted(record.parents.keys() | parents.keys()):
         if record.parents.get(name) != parents.get(name):
             fatal.append(f"its {name} model was another one")
     return fatal, changes(record.settings, jsonable(settings), record.schema_version)
+
+
+def conversion(record: Checkpoint, world_size: int, engines: Mapping[str, EngineShape]) -> str:
+    """What is converted for the present processes and ZeRO stages; "" if nothing is."""
+
+    def told(processes: int, shapes: Mapping[str, EngineShape]) -> str:
+        stages = {name: shapes[name].zero_stage for name in engines}
+        some = "1 process" if processes == 1 else f"{processes} processes"
+        if len(set(stages.values())) == 1:
+            return f"{some}, ZeRO {min(stages.values())}"
+        return f"{some}, {', '.join(f'{name} ZeRO {stage}' for name, stage in stages.items())}"
+
+    was, now = told(record.world_size, record.engines), told(world_size, engines)
+    return "" if was == now else f"checkpoint of {was}, read for {now}"
 
 
 def refusal(place: Path, fatal: list[str], changed: list[str]) -> str:

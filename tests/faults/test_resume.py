@@ -213,7 +213,6 @@ def test_never_starts_again(root: Path, cut: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"step1": {"engine": {"zero_stage": 2}}}, "zero_stage=0.*zero_stage=2"),
         ({"step1": {"model": {"dtype": "bfloat16"}}}, "float32.*bfloat16"),
         ({"step1": {"model": {"lora": {"rank": 2}}}}, "trained_parameters"),
     ],
@@ -225,15 +224,15 @@ def test_what_cannot_be_read_back_is_refused(
         step(1, saving(root, change, resume="always"), root / "run", cut)
 
 
-def test_another_number_of_processes_is_refused(cut: Path) -> None:
-    found = checkpoints.newest(resumed(cut))
-    assert found is not None
-    fatal, changed = checkpoints.differences(
-        found[1], settings=found[1].settings, parents=found[1].parents, world_size=2
-    )
-    assert changed == []
-    text = checkpoints.refusal(found[0], fatal, changed)
-    assert "made by 1 process(es), there are 2 now: start with --num-gpus 1" in text
+def test_a_model_that_was_not_there_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRPO has no critic whose state PPO could go on from."""
+    grpo = {"step3": {"algorithm": "grpo", "rollout": {"samples_per_prompt": 2}}}
+    ppo = {"step3": {"algorithm": "ppo", "rollout": {"samples_per_prompt": 2}}}
+    cut_off(monkeypatch, 1, 3, saving(root, grpo), tmp_path, root)
+    with pytest.raises(ConfigError, match=r"the critic was None, it is .* now; or, .*--resume"):
+        step(3, saving(root, ppo, resume="always"), root / "run", tmp_path)
 
 
 def test_other_data_are_refused(root: Path, cut: Path) -> None:

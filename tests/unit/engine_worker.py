@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from step1_sft.main import sft_step
 from step3_ppo.main import main as step3_main
 from step3_ppo.update import update
 from tests.unit import model_help as help_
+from tests.unit.ranks_help import finish
 from tests.unit.steps_help import ppo_settings, scored_rollout
 
 DECAY = 0.9
@@ -144,7 +143,7 @@ def uneven_rollout(out: Path) -> None:
     engine = help_.train_engine(module, engine=settings)
     sampler = build_rollout(
         "continuous", engine.deepspeed, help_.tokenizer(), batch_size=4, seed=1,
-        rank=comm.rank(), gather=lambda: kept_whole(engine.module.parameters()),
+        rank=comm.rank(), world=2, gather=lambda: kept_whole(engine.module.parameters()),
     )  # fmt: skip
     ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(4))
     limit = 3 if comm.rank() == 0 else 17
@@ -184,7 +183,7 @@ def layer_by_layer(out: Path) -> None:
                 module.register_forward_hook(count)
         sampler = build_rollout(
             "continuous", engine.deepspeed, help_.tokenizer(), batch_size=2, seed=1,
-            rank=comm.rank(), **gathering(how, "continuous", engine.module).options,
+            rank=comm.rank(), world=2, **gathering(how, "continuous", engine.module).options,
         )  # fmt: skip
         rows = 2 if comm.rank() == 0 else 5  # ranks with unequal work
         ids = torch.randint(3, 200, (rows, 6), generator=torch.Generator().manual_seed(4))
@@ -238,20 +237,11 @@ PARTS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    comm.init_distributed()
-    torch.manual_seed(0)
+def main(out: Path) -> None:
     for name in sys.argv[2:] or PARTS:
         PARTS[name](out)
         comm.barrier()
-    (out / f"done{comm.rank()}").touch()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:  # not a normal end: a destructor might wait for the other rank for ever
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(0 if (Path(sys.argv[1]) / f"done{comm.rank()}").exists() else 1)
+    finish(main)

@@ -1,4 +1,4 @@
-"""Two gloo ranks of a test's own program."""
+"""Two gloo ranks of a test's own program: starting them, and ending such a program."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.ports import free_port
+from rlhf.engine import comm
 from tests.unit import model_help as help_
 
 TIMEOUT = 240
@@ -54,3 +58,17 @@ def two_ranks(module: str, out: Path, *arguments: str) -> None:
             process.wait()
     if not all((out / f"done{rank}").exists() for rank in (0, 1)):
         pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+
+
+def finish(main: Callable[[Path], None]) -> None:
+    """What such a program ends with: joins the other rank, runs `main(OUT)`, ends the process."""
+    out = Path(sys.argv[1])
+    try:
+        comm.init_distributed()
+        torch.manual_seed(0)
+        main(out)
+        (out / f"done{comm.rank()}").touch()
+    finally:  # not a normal end: a destructor might wait for the other rank for ever
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(0 if (out / f"done{comm.rank()}").exists() else 1)

@@ -92,7 +92,6 @@ def test_what_an_older_release_wrote_opens(release: Path, tmp_path: Path) -> Non
         record,
         settings=decisive(jsonable(resolved.config), REWARD),
         parents=record.parents,
-        world_size=1,
     )
     assert (fatal, changed) == ([], [])
     told_step = step_config(["--config", str(run.resolved(2))], 2)

@@ -190,7 +190,7 @@ def ppo_names(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> set[str]:
     if trainer.ptx is not None:
         row = {"prompt_ids": [5], "answer_ids": [8, EOS]}
         batch = data.collate_sft([row], PAD)
-        trainer.ptx = PtxBatches(iter([batch] * 100), run.config.step3.ppo.ptx_coef)
+        trainer.ptx = PtxBatches(lambda _: [batch], run.config.step3.ppo.ptx_coef)
     recorder = Recorder()
     for stats in trainer.iterate():
         recorder.log(stats, trainer.iteration)

@@ -154,11 +154,12 @@ def test_a_checkpoint_of_an_older_parent_is_refused(driver, run: RunDir) -> None
     assert "step 1 runs again first" in err
 
 
-def test_more_processes_than_before_are_refused(driver, run: RunDir) -> None:
+def test_more_processes_and_another_stage_go_on(driver, run: RunDir) -> None:
     assert driver(fake="save_and_fail", step=1)[0] == 1
-    code, _, err = driver("--deployment-type", "single_node", "--num-gpus", "2")
-    assert code == 2
-    assert "it was made by 1 process(es), there are 2 now: start with --num-gpus 1" in err
+    flags = ("--deployment-type", "single_node", "--num-gpus", "2", "--actor-zero-stage", "3")
+    _, out, _ = driver(*flags, "--dry-run")
+    assert "goes on from step-" in out
+    assert ", by 1 process: 2 now)" in out
 
 
 def test_a_damaged_recovery_record_is_named(driver, run: RunDir) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deepspeed.runtime.rollout import SamplingConfig
+from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 from transformers import AttentionInterface
 
 import rlhf.rollout.attention as attention
@@ -46,6 +46,29 @@ def build(model, eos=EOS, **options):
 def lean(request):
     """Our own forward and packed weights, or the model's own."""
     return request.param
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_answers_do_not_depend_on_the_number_of_ranks(samples):
+    """ALGORITHM 19: two ranks, each with every other prompt, answer as one does, call after call;
+    any of them can go on from another's state."""
+    model, sampling = tiny_model("llama"), replace(SAMPLED, n_samples_per_prompt=samples)
+    whole = prompts(5, 2, 9, 4)
+    half = [
+        RolloutRequest(whole.prompt_ids[rank::2], whole.prompt_attention_mask[rank::2])
+        for rank in (0, 1)
+    ]
+    one = build(model, seed=3)
+    two = [build(model, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    for _ in range(2):
+        expected = one.generate(whole, sampling).answers.unflatten(0, (4, samples))
+        assert not torch.equal(expected[0], expected[1])
+        for rank in (0, 1):
+            found = two[rank].generate(half[rank], sampling).answers
+            wanted = expected[rank::2].flatten(0, 1)[:, : found.shape[1]]
+            assert torch.equal(found, wanted)
+    states = [engine.state_dict()["generator"] for engine in (one, *two)]
+    assert all(torch.equal(states[0], other) for other in states)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -202,7 +225,7 @@ def test_lockstep_ranks_call_forward_equally_often(monkeypatch):
             model = tiny_models[rank]
             count = lambda *_: calls.__setitem__(rank, calls[rank] + 1)
             hook = model.register_forward_pre_hook(count)
-            engine = build(model, rank=rank, batch_size=2, lockstep=lockstep, lean=False)
+            engine = build(model, rank=rank, world=2, batch_size=2, lockstep=lockstep, lean=False)
             outs[rank] = engine.generate(prompts(*LENGTHS[: 2 + 3 * rank]), SAMPLED)
             hook.remove()
 

@@ -117,12 +117,9 @@ def test_same_seed_same_answers_and_ranks_differ(name, model):
     one, two = first.generate(request, SAMPLED), first.generate(request, SAMPLED)
     assert torch.equal(one.input_ids, again.generate(request, SAMPLED).input_ids)
     assert not torch.equal(one.answers, two.answers)
-    for other in ({"seed": 7, "rank": 1}, {"seed": 8}):
+    for other in ({"seed": 7, "rank": 1, "world": 2}, {"seed": 8}):
         out = build(name, model, **other).generate(request, SAMPLED)
         assert not torch.equal(one.answers, out.answers)
-    shifted = build(name, model, seed=7 + 100003).generate(request, SAMPLED)
-    ranked = build(name, model, seed=7, rank=1).generate(request, SAMPLED)
-    assert torch.equal(shifted.input_ids, ranked.input_ids)
     resumed = build(name, model, seed=999)
     resumed.load_state_dict(again.state_dict())
     assert torch.equal(two.input_ids, resumed.generate(request, SAMPLED).input_ids)

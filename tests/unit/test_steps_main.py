@@ -17,6 +17,7 @@ import step2_reward.main
 import step3_ppo.main
 from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.config.schema import ResolvedStep, RunConfig
+from rlhf.engine import comm
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.harness import StepRun
 from rlhf.store import read_json, verify
@@ -77,8 +78,9 @@ def step(number: int, settings: RunConfig, parents: Path, run_dir: Path) -> Step
         run_dir=str(run_dir),
         parents={kind: str(parents / place / "artifact") for kind, place in given.items()},
         config=settings,
+        world_size=comm.world_size(),
     )
-    run = StepRun(resolved, rank=0)
+    run = StepRun(resolved, rank=comm.rank())
     main = {1: step1_sft.main.main, 2: step2_reward.main.main, 3: step3_ppo.main.main}[number]
     main(run)
     return run

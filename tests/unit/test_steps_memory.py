@@ -49,7 +49,7 @@ def test_a_ppo_iteration() -> None:
     rollout = scored_rollout(rows=ROWS)
     counted = int(rollout.answer_mask.sum())
     assert counted > 2 * CHUNK
-    sft = iter(help_.sft_batches(help_.sft_rows(12), 12))
+    sft = help_.sft_batches(help_.sft_rows(12), 12)
     prompts = collate_prompts([{"prompt_ids": [5, 6, 7], "prompt": ""}] * ROWS, help_.PAD)
     from rlhf.config.schema import RolloutConfig
 
@@ -63,7 +63,7 @@ def test_a_ppo_iteration() -> None:
         update(
             models_.actor, models_.critic, filled, ppo_settings(epochs=1, entropy_coef=0.1),
             temperature=0.7, micro_batch_size=ROWS, seed=1, kl_loss_coef=0.1,
-            ptx=PtxBatches(sft, 0.5),
+            ptx=PtxBatches(lambda _: sft, 0.5),
         )  # fmt: skip
     assert largest.elements <= CHUNK * VOCAB
 

@@ -246,14 +246,16 @@ def test_ptx_mixes_the_sft_loss() -> None:
     none = replace(rollout, advantages=torch.zeros_like(rollout.advantages))
     rows = help_.sft_rows()
 
-    def stream() -> Any:
-        while True:
-            yield from help_.sft_batches(rows, 4)
+    asked = []
 
-    # 6 rows in micro-batches of 3: two SFT micro-batches of 4 join them.
+    def take(count: int) -> Any:
+        asked.append(count)
+        return help_.sft_batches(rows, 4)
+
     stats, _, _ = run(
-        none, ppo_settings(epochs=1), size=3, critic=False, ptx=PtxBatches(stream(), 0.25)
+        none, ppo_settings(epochs=1), size=3, critic=False, ptx=PtxBatches(take, 0.25)
     )
+    assert asked == [len(rollout)], "as many SFT rows as the minibatch has answers"
     policy = help_.load_policy(name=help_.lively())
     batch = data.collate_sft(rows, help_.PAD)
     logits = policy.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits

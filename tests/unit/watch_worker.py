@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ from rlhf.supervised import Supervised
 from step1_sft.main import main as step1_main
 from step3_ppo.main import main as step3_main
 from tests.unit import model_help as help_
+from tests.unit.ranks_help import finish
 
 SIZES: dict[str, Any] = {
     "step1.train.batch_size": 8, "step1.train.micro_batch_size": 4, "step1.train.max_steps": 4,
@@ -174,10 +173,7 @@ def pace(out: Path, case: str) -> dict[str, Any]:
     return {"said": said, "rows": rows[-1], "table": table}
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    comm.init_distributed()
-    torch.manual_seed(0)
+def main(out: Path) -> None:
     for case in sys.argv[2:]:
         if case in CASES:
             found = run_step(out, case, *CASES[case])
@@ -186,13 +182,7 @@ def main() -> None:
         if comm.rank() == 0:
             (out / f"{case}.json").write_text(json.dumps(found))
         comm.barrier()
-    (out / f"done{comm.rank()}").touch()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:  # not a normal end: a destructor might wait for the other rank for ever
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(0 if (Path(sys.argv[1]) / f"done{comm.rank()}").exists() else 1)
+    finish(main)
