@@ -17,6 +17,12 @@ def _chat(argv: Sequence[str]) -> int:
     return chat.main(argv)
 
 
+def _compare(argv: Sequence[str]) -> int:
+    from launch import compare
+
+    return compare.main(argv)
+
+
 def _doctor(argv: Sequence[str]) -> int:
     from launch import doctor
 
@@ -51,6 +57,7 @@ def _show(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "certify": _certify,
     "chat": _chat,
+    "compare": _compare,
     "doctor": _doctor,
     "evaluate": _evaluate,
     "example": _example,

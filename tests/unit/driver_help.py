@@ -120,6 +120,7 @@ def make_artifact(
     config: Any,
     parents: dict[str, str] | None = None,
     sources: Any = None,
+    weights: bytes = b"weights",
 ) -> str:
     """Publishes a small artifact as the step would; returns its id."""
     from rlhf.store import MANIFEST, read_manifest
@@ -130,7 +131,7 @@ def make_artifact(
         records[name] = {"path": path, "id": read_manifest(path).id if known else None}
     manifest = publish(
         RunDir(run).step_dir(step),
-        lambda directory: (directory / "model.safetensors").write_bytes(b"weights") and None,
+        lambda directory: (directory / "model.safetensors").write_bytes(weights) and None,
         kind=KINDS[step],
         step=step,
         parents=records,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import chat, evaluation, plan_command, show
+from launch import chat, compare, evaluation, plan_command, show
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
 from rlhf.certify import main as certify
@@ -108,7 +108,14 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def flags() -> set[str]:
-    parsers = (parser(), plan_command.parser(), certify.parser(), chat.parser(), show.parser())
+    parsers = (
+        parser(),
+        plan_command.parser(),
+        certify.parser(),
+        chat.parser(),
+        show.parser(),
+        compare.parser(),
+    )
     return {flag for one in parsers for flag in one._option_string_actions}
 
 
@@ -149,6 +156,9 @@ def check_driver(argv: list[str]) -> None:
         return
     if argv[:1] == ["chat"]:
         chat.parse(argv[1:])
+        return
+    if argv[:1] == ["compare"]:
+        compare.parser().parse_args(argv[1:])
         return
     if argv[:1] == ["show"]:
         show.parser().parse_args(argv[1:])
