@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Plan, check, then launch and verify each step asked for; or a subcommand."""
+    argv = argv[1:] if list(argv[:1]) == ["train"] else argv
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
     options = parse_options(argv)

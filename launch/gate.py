@@ -97,7 +97,9 @@ def _find(
     if options.run.step_dir(maker).exists():
         return _from_run(options, step, name, flag)
     if flag:
-        return foreign(name, flag, _MODEL_FLAG[name], options.dry_run)
+        taken = options.source is not None and options.source.models.get(name) == flag
+        setting = "--from" if taken else _MODEL_FLAG[name]
+        return foreign(name, flag, setting, options.dry_run)
     if step == 2 and (options.reward_model or options.config.step2.model.name):
         return None
     raise RequirementError(

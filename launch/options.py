@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.spec import PROJECT_ROOT
 from rlhf.config.keys import leaves, nearest, parse_value
@@ -18,6 +18,9 @@ from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
 from rlhf.store import RunDir
+
+if TYPE_CHECKING:
+    from launch.from_run import Source
 
 RECIPES = PROJECT_ROOT / "launch" / "recipes"
 DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
@@ -75,6 +78,8 @@ class Options:
     force: bool
     seeds: list[int] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
+    source: Source | None = None
+    """The run whose settings and models this one starts from."""
 
     @property
     def run(self) -> RunDir:
@@ -117,9 +122,12 @@ def parser() -> argparse.ArgumentParser:
         "missing, 129 hung up, 130 interrupted, 143 terminated.",
     )
     add = made.add_argument
-    add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N",
+    add("--step", type=int, nargs="+", choices=(1, 2, 3), metavar="N",
         help="1 SFT, 2 reward model, 3 PPO; default: all three")  # fmt: skip
     add("--config", metavar="FILE", help="recipe (YAML), or the name of one in launch/recipes")
+    add("--from", dest="source", metavar="RUN",
+        help="start from another run: its settings are the recipe, and its models serve where "
+        "--step leaves a step out. Needs --step and --name")  # fmt: skip
     add("--actor-model", metavar="MODEL",
         help="base of step 1; without step 1, the SFT model of the later steps. "
         "A bare size means facebook/opt-SIZE")  # fmt: skip
@@ -177,12 +185,21 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         raise ConfigError("--json prints the plan for machines: use it with --dry-run")
     if flags.seeds:
         refuse_seeds(flags, overrides)
-    recipe = find_recipe(flags.config, flags.actor_model)
+    steps = sorted(set(flags.step or (1, 2, 3)))
     values, origins = flag_values(flags)
     asked = {**from_environment(environ, values), **parse_overrides(overrides)}
-    steps = sorted(set(flags.step))
     actor, reward = (model_name(name) for name in (flags.actor_model, flags.reward_model))
+    source = None
+    if flags.source is not None:
+        source = _source(flags, steps, named="name" in values or "name" in asked)
+        asked = {"output_dir": str(source.run.path.parent), **source.settings, **asked}
+        origins = {**dict.fromkeys(source.settings.keys() - asked.keys(), "--from"), **origins}
+        actor = actor or source.models.get("sft")
+        reward = reward or source.models.get("reward")
+    recipe = None if source else find_recipe(flags.config, flags.actor_model)
     config = load_config(recipe, asked, values, origins)
+    if source is not None:
+        _refuse_itself(config, source)
     return Options(
         steps=steps,
         config=config,
@@ -196,7 +213,30 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         force=flags.force,
         seeds=flags.seeds or [],
         argv=list(argv),
+        source=source,
     )
+
+
+def _source(flags: argparse.Namespace, steps: Sequence[int], *, named: bool) -> Source:
+    """The other run of --from. Raises ConfigError, RequirementError."""
+    from launch import from_run  # which needs what this file defines
+
+    if not flags.print_config:
+        from_run.refuse_what_contradicts(
+            flags.source, config=flags.config, steps=flags.step, named=named
+        )
+    roles = from_run.needed(steps)
+    if flags.actor_model:
+        roles = [role for role in roles if role != "sft"]
+    if flags.reward_model:
+        roles = [role for role in roles if role != "reward"]
+    return from_run.read_source(flags.source, roles)
+
+
+def _refuse_itself(config: RunConfig, source: Source) -> None:
+    place = Path(config.output_dir).expanduser().absolute() / config.name
+    if place.resolve() == source.run.path.resolve():
+        raise ConfigError(f"--from {source.run.path}: give the new run another --name than its own")
 
 
 def refuse_seeds(flags: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -220,7 +260,7 @@ def split_overrides(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-_TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"}
+_TAKES_ONE = {*SETTINGS, "--config", "--from", "--actor-model", "--reward-model"}
 _TAKES_ONE -= {*_LISTS, "--auto-batch"}
 
 

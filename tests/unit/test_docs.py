@@ -151,6 +151,8 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 
 
 def check_driver(argv: list[str]) -> None:
+    if argv[:1] == ["train"]:
+        argv = argv[1:]
     if argv[:1] == ["plan"]:
         plan_command.parse(argv[1:])
         return
@@ -172,6 +174,10 @@ def check_driver(argv: list[str]) -> None:
         return
     if argv and not argv[0].startswith("-") and argv[0] in COMMANDS:
         argv = argv[2:] if argv[0] == "example" else argv[1:]
+    if "--from" in argv:  # a run that is not here: the rest of the line is looked at
+        at = argv.index("--from")
+        assert {"--step", "--name"} <= set(argv), argv
+        argv = [*argv[:at], *argv[at + 2 :]]
     if "--help" not in argv:
         # Raises ConfigError for a flag, setting, value or recipe that does not exist.
         parse_options(argv, environ={})
