@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from launch.commands import overview
 from launch.spec import PROJECT_ROOT
-from rlhf.config.keys import leaves, nearest, parse_value
+from rlhf.config.keys import Key, leaves, nearest, parse_value
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
-from rlhf.store import RunDir
+from rlhf.store import RunDir, library_versions
 
 if TYPE_CHECKING:
     from launch.from_run import Source
@@ -108,23 +109,33 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.{hint} `{command} --help` lists the flags")
 
 
+class _Version(argparse.Action):
+    """Prints this release and the libraries that shape an artifact."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        ours, others = library_versions(), []
+        own = ours.pop("rlhf-pipeline", "(not installed)")
+        others = [f"{name} {version}" for name, version in ours.items()]
+        print(f"rlhf-pipeline {own} ({', '.join(others)})")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags with their help; `_` and `-` are the same in their names."""
     made = Parser(
         prog="train.py",
+        usage="rlhf [train] [flags] [key=value ...]     (python train.py is the same)\n"
+        "       rlhf VERB ...                         (rlhf VERB --help)",
         allow_abbrev=False,
-        description="Supervised fine-tuning, reward model and PPO, in one command. Without flags: "
-        "the embedded default, on CPU in a few minutes.",
-        epilog="Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; "
-        "--print-config shows them all. In formats, templates and stop strings \\n is a line break "
-        "and \\\\ a backslash; in paths and names a backslash stays. "
-        "Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement is "
-        "missing, 129 hung up, 130 interrupted, 143 terminated.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Supervised fine-tuning, reward model and PPO, in one command. Without flags:\n"
+        f"the embedded default, on CPU in a few minutes.\n\n{overview()}",
+        epilog=_EPILOG,
     )
-    add = made.add_argument
+    add = made.add_argument_group("what is run").add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), metavar="N",
         help="1 SFT, 2 reward model, 3 PPO; default: all three")  # fmt: skip
-    add("--config", metavar="FILE", help="recipe (YAML), or the name of one in launch/recipes")
+    add("--config", metavar="FILE", help="recipe (YAML), or a name that `rlhf recipes` lists")
     add("--from", dest="source", metavar="RUN",
         help="start from another run: its settings are the recipe, and its models serve where "
         "--step leaves a step out. Needs --step and --name")  # fmt: skip
@@ -135,25 +146,61 @@ def parser() -> argparse.ArgumentParser:
         help="base of step 2; without step 2, the reward model of step 3")  # fmt: skip
     add("--seeds", type=int, nargs="+", metavar="N",
         help="one run for each seed (NAME-seedN), then one verdict over all of them")  # fmt: skip
-    add_settings(made, SETTINGS)
+    add("--force", action="store_true", help="run steps again that are already done")
+    asked = made.add_argument_group("what is shown, instead of a run")
+    add = asked.add_argument
     add("--dry-run", action="store_true", help="print the plan and the command lines, then stop")
     add("--json", action="store_true", help="with --dry-run: the plan as JSON")
     add("--print-config", action="store_true", help="print every setting as YAML, then stop")
     add("--json-schema", action="store_true", help="print a recipe's JSON schema, then stop")
-    add("--force", action="store_true", help="run steps again that are already done")
+    add("--version", action=_Version, nargs=0, help="print the release, then stop")
+    for title, prefixes in _GROUPS.items():
+        group = made.add_argument_group(title)
+        add_settings(group, [flag for flag in SETTINGS if _group_of(flag) == prefixes])
     return made
 
 
-def add_settings(made: argparse.ArgumentParser, flags: Iterable[str]) -> None:
-    """Flags of SETTINGS, each with its setting's own words as help."""
+_EPILOG = """\
+Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; --print-config
+shows them all, with the recipe's values, which may differ from the defaults above.
+In formats, templates and stop strings \\n is a line break and \\\\ a backslash; in
+paths and names a backslash stays.
+
+Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement
+is missing, 129 hung up, 130 interrupted, 143 terminated."""
+# title -> what the settings of its flags begin with; the first group has all others
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "the run": (),
+    "stopping and resuming": ("checkpoint.", "launch.max_restarts", "launch.auto_batch"),
+    "processes and machines": ("launch.",),
+}
+
+
+def _group_of(flag: str) -> tuple[str, ...]:
+    own = (start for start in _GROUPS.values() if start and SETTINGS[flag][0].startswith(start))
+    return next(own, ())
+
+
+def add_settings(made: argparse._ActionsContainer, flags: Iterable[str]) -> None:
+    """Flags of SETTINGS, each with its setting's own words, choices and default as help."""
     for flag in flags:
         leaf = leaves()[SETTINGS[flag][0]]
-        text = leaf.doc.replace("%", "%%")
+        text = f"{leaf.doc} {_facts(leaf)}".strip().replace("%", "%%")
         if leaf.is_flag:
             made.add_argument(flag, action="store_const", const="true", help=text)
             continue
         nargs = "+" if flag in _LISTS else None
         made.add_argument(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
+
+
+def _facts(leaf: Key) -> str:
+    """`[one of a, b; default a]`, as far as there is something to say."""
+    choices = [kind for kind in leaf.types if isinstance(kind, str)]  # a Literal's values
+    told = [f"one of {', '.join(choices)}"] if len(choices) > 1 else []
+    if leaf.default not in (None, "", [], False):
+        shown = leaf.default if not isinstance(leaf.default, list) else ", ".join(leaf.default)
+        told.append(f"default {shown}")
+    return f"[{'; '.join(told)}]" if told else ""
 
 
 def normalize_flags(argv: Sequence[str]) -> list[str]:
