@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import chat, compare, evaluation, plan_command, show
+from launch import chat, compare, evaluation, plan_command, recipes_command, show
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
 from rlhf.certify import main as certify
@@ -115,6 +115,7 @@ def flags() -> set[str]:
         chat.parser(),
         show.parser(),
         compare.parser(),
+        recipes_command.parser(),
     )
     return {flag for one in parsers for flag in one._option_string_actions}
 
@@ -159,14 +160,9 @@ def check_driver(argv: list[str]) -> None:
     if argv[:1] == ["chat"]:
         chat.parse(argv[1:])
         return
-    if argv[:1] == ["compare"]:
-        compare.parser().parse_args(argv[1:])
-        return
-    if argv[:1] == ["show"]:
-        show.parser().parse_args(argv[1:])
-        return
-    if argv[:1] == ["certify"]:
-        certify.parser().parse_args(argv[1:])
+    own = {"certify": certify, "compare": compare, "recipes": recipes_command, "show": show}
+    if argv and argv[0] in own:
+        own[argv[0]].parser().parse_args(argv[1:])
         return
     if argv[:1] == ["evaluate"]:
         _, asked = evaluation.parse_flags(argv[1:])

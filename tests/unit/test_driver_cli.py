@@ -161,7 +161,7 @@ def test_models_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
         (["--num-gpus", "3"], "must be a multiple of 3"),
         (["--name", "a/b"], "must match"),
         (["--seed", "-1"], "seed = -1"),
-        (["loose"], "unrecognized arguments: loose"),
+        (["loose"], "loose: no such verb"),
         (["--include", "a", "--exclude", "b"], "give one of them"),
         (["--deployment-type", "multi_node"], "give --hostfile"),
     ],
