@@ -274,7 +274,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str, seconds: float = 240) -> str:
         """All that was shown since the last call, up to `text`."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
@@ -288,7 +288,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def end(self) -> int:
-        code = self.process.wait(60)
+        code = self.process.wait(240)
         os.close(self.master)
         return code
 
