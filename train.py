@@ -16,7 +16,7 @@ from typing import Any
 
 from launch import console, evaluation, execute, recover, seeds
 from launch.checklist import Found, ask_all
-from launch.commands import COMMANDS
+from launch.commands import dispatch
 from launch.finished import forced_notes, refuse_changed_data
 from launch.looking import look_at_data
 from launch.options import Options, parse_options
@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Plan, check, then launch and verify each step asked for; or a subcommand."""
-    if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
+    verb, argv = dispatch(argv)
+    if verb is not None:
+        return verb(argv)
     options = parse_options(argv)
     if options.seeds:
         return seeds.run_all(options, main)

@@ -25,7 +25,7 @@ from launch.options import (
     from_environment,
     normalize_flags,
 )
-from launch.runs import FINISHED, goes_on, is_run, name_of, states
+from launch.runs import FINISHED, goes_on, is_run, model_place, name_of, states
 from launch.spec import PROJECT_ROOT
 from rlhf.config.load import load_config
 from rlhf.config.names import expand_size, is_hub_model, is_path_like
@@ -34,7 +34,7 @@ from rlhf.config.trees import flatten
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
 from rlhf.redact import redact
 from rlhf.stages import PPO, SFT
-from rlhf.store import MANIFEST, Manifest, RunDir, read_manifest
+from rlhf.store import MANIFEST, Manifest, RunDir
 
 SCRIPT = PROJECT_ROOT / "rlhf" / "chat" / "main.py"
 MODELS = ("base", "sft", "ppo", "ema")
@@ -188,35 +188,43 @@ def of_run(run: RunDir, models: Sequence[str] | None) -> list[Found]:
 
 def of_run_model(run: RunDir, name: str, notes: Sequence[str] = ()) -> Found:
     """One of a run's models, its artifact verified."""
-    kind = "sft" if name == "base" else "ppo" if name == "ema" else name
-    if not run.artifact(kind).is_dir():
+    if name in ("base", "sft"):
+        return _before_ppo(run, name, notes)
+    if not run.artifact("ppo").is_dir():
         raise RequirementError(_nothing_there(run, name))
-    manifest = prove(run.artifact(kind), kind, quick=False)
-    trusted = _trusts(manifest)
-    if name == "base":
-        base = manifest.metrics.get("base")
-        if not base:
-            raise RequirementError(
-                f"{run.path}: its SFT artifact does not say what it started from"
-            )
-        sft = str(run.artifact("sft"))  # base models may have no template, as in the evaluation
-        reward = reward_of(run, manifest)
-        return Found("base", str(base), sft, reward, rollout_of(run, manifest), [], trusted)
+    manifest = prove(run.artifact("ppo"), "ppo", quick=False)
     place = run.artifact(_ARTIFACT[name])
     if not place.is_dir():
         raise RequirementError(
             f"{run.path}: no average of the weights was kept (step3.ppo.ema_decay): "
             "choose --model sft or ppo"
         )
-    reward = reward_of(run, manifest)
-    rollout = rollout_of(run, manifest) if name == "sft" else {}
-    return Found(name, str(place), "", reward, rollout, list(notes), trusted)
+    return Found(name, str(place), "", reward_of(run), {}, list(notes), _trusts(manifest))
 
 
-def rollout_of(run: RunDir | None, manifest: Manifest) -> dict[str, Any]:
-    """How step 3 of the run samples, or would: base and SFT models do not say it themselves."""
-    if run is not None:
-        manifest = finished(run, PPO) or manifest
+def _before_ppo(run: RunDir, name: str, notes: Sequence[str]) -> Found:
+    """The SFT model, made by the run or given to it, or what that was made from."""
+    place = model_place(run, "sft")
+    if place is None:
+        raise RequirementError(_nothing_there(run, name))
+    manifest = None
+    if (Path(place) / MANIFEST).is_file():
+        manifest = prove(Path(place), None, quick=False)
+    rollout = rollout_of(finished(run, PPO) or manifest)
+    trusted = manifest is not None and _trusts(manifest)
+    if name == "sft":
+        return Found("sft", place, "", reward_of(run), rollout, list(notes), trusted)
+    base = manifest.metrics.get("base") if manifest is not None else None
+    if not base:
+        raise RequirementError(f"{place}: the SFT model does not say what it started from")
+    # Base models may have no template of their own: the SFT model's, as in the evaluation.
+    return Found("base", str(base), place, reward_of(run), rollout, list(notes), trusted)
+
+
+def rollout_of(manifest: Manifest | None) -> dict[str, Any]:
+    """How step 3 samples, or would: base and SFT models do not say it themselves."""
+    if manifest is None:
+        return {}
     flat = flatten(manifest.config)
     keys = {name: f"step3.rollout.{name}" for name in ("temperature", "max_new_tokens", "stop")}
     return {name: flat[key] for name, key in keys.items() if flat.get(key) is not None}
@@ -231,19 +239,11 @@ def _nothing_there(run: RunDir, name: str) -> str:
     return f"{run.path} has no {name} model; {name_of(stage)}{told}{remedy}"
 
 
-def reward_of(run: RunDir, manifest: Manifest) -> str:
+def reward_of(run: RunDir) -> str:
     """The reward model of a run: the one that PPO was trained with, else the run's own."""
-    parent = manifest.parents.get("reward")
-    own = run.artifact("reward")
-    if own.is_dir() and (parent is None or parent.id is None or _id(own) == parent.id):
-        return str(own)
-    return parent.path if parent is not None else ""
-
-
-def _id(artifact: Path) -> str:
     try:
-        return read_manifest(artifact).id
-    except ArtifactError:
+        return model_place(run, "reward") or ""
+    except RequirementError:  # not there any more: /score says that none is known
         return ""
 
 
@@ -268,7 +268,7 @@ def of_directory(path: Path) -> Found:
     parent = manifest.parents.get("reward")
     name = {"actor": "ppo", "actor_ema": "ema"}.get(path.name, manifest.kind)
     reward = parent.path if parent else ""
-    rollout = rollout_of(None, manifest) if manifest.kind == "sft" else {}
+    rollout = rollout_of(manifest) if manifest.kind == "sft" else {}
     return Found(name, str(path), reward=reward, rollout=rollout, trusted=_trusts(manifest))
 
 

@@ -94,7 +94,8 @@ def _find(options: Options, stage: Stage, need: Need, done: Done) -> Parent | No
     if options.run.step_dir(maker).exists():
         return _from_run(options, stage, kind, flag)
     if flag:
-        return foreign(kind, flag, maker.model_flag, options.dry_run)
+        taken = options.source is not None and options.source.models.get(kind) == flag
+        return foreign(kind, flag, "--from" if taken else maker.model_flag, options.dry_run)
     if need.spared_by and (
         options.models.get(stage.model_flag) or at(options.config, need.spared_by)
     ):

@@ -9,16 +9,20 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from launch.commands import overview
 from launch.spec import PROJECT_ROOT
-from rlhf.config.keys import leaves, nearest, parse_value
+from rlhf.config.keys import Key, leaves, nearest, parse_value
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
 from rlhf.stages import STAGES, Stage, chosen, pipeline_of
-from rlhf.store import RunDir
+from rlhf.store import RunDir, library_versions
+
+if TYPE_CHECKING:
+    from launch.from_run import Source
 
 RECIPES = PROJECT_ROOT / "launch" / "recipes"
 DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
@@ -77,6 +81,8 @@ class Options:
     force: bool
     seeds: list[int] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
+    source: Source | None = None
+    """The run whose settings and models this one starts from."""
 
     @property
     def steps(self) -> list[int]:
@@ -122,24 +128,37 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.{hint} `{command} --help` lists the flags")
 
 
+class _Version(argparse.Action):
+    """Prints this release and the libraries that shape an artifact."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        ours, others = library_versions(), []
+        own = ours.pop("rlhf-pipeline", "(not installed)")
+        others = [f"{name} {version}" for name, version in ours.items()]
+        print(f"rlhf-pipeline {own} ({', '.join(others)})")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags with their help; `_` and `-` are the same in their names."""
     made = Parser(
         prog="train.py",
+        usage="rlhf [train] [flags] [key=value ...]     (python train.py is the same)\n"
+        "       rlhf VERB ...                         (rlhf VERB --help)",
         allow_abbrev=False,
-        description="Supervised fine-tuning, reward model and PPO, in one command. Without flags: "
-        "the embedded default, on CPU in a few minutes.",
-        epilog="Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; "
-        "--print-config shows them all. In formats, templates and stop strings \\n is a line break "
-        "and \\\\ a backslash; in paths and names a backslash stays. "
-        "Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement is "
-        "missing, 129 hung up, 130 interrupted, 143 terminated.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Supervised fine-tuning, reward model and PPO, in one command. Without flags:\n"
+        f"the embedded default, on CPU in a few minutes.\n\n{overview()}",
+        epilog=_EPILOG,
     )
-    add = made.add_argument
+    add = made.add_argument_group("what is run").add_argument
     numbers = ", ".join(f"{stage.number} {stage.title}" for stage in STAGES.values())
     add("--step", type=int, nargs="+", metavar="N",
         help=f"{numbers}; default: all of the recipe's pipeline")  # fmt: skip
-    add("--config", metavar="FILE", help="recipe (YAML), or the name of one in launch/recipes")
+    add("--config", metavar="FILE", help="recipe (YAML), or a name that `rlhf recipes` lists")
+    add("--from", dest="source", metavar="RUN",
+        help="start from another run: its settings are the recipe, and its models serve where "
+        "--step leaves a step out. Needs --step and --name")  # fmt: skip
     add("--actor-model", metavar="MODEL",
         help="base of step 1; without step 1, the SFT model of the later steps. "
         "A bare size means facebook/opt-SIZE")  # fmt: skip
@@ -147,25 +166,61 @@ def parser() -> argparse.ArgumentParser:
         help="base of step 2; without step 2, the reward model of step 3")  # fmt: skip
     add("--seeds", type=int, nargs="+", metavar="N",
         help="one run for each seed (NAME-seedN), then one verdict over all of them")  # fmt: skip
-    add_settings(made, SETTINGS)
+    add("--force", action="store_true", help="run steps again that are already done")
+    asked = made.add_argument_group("what is shown, instead of a run")
+    add = asked.add_argument
     add("--dry-run", action="store_true", help="print the plan and the command lines, then stop")
     add("--json", action="store_true", help="with --dry-run: the plan as JSON")
     add("--print-config", action="store_true", help="print every setting as YAML, then stop")
     add("--json-schema", action="store_true", help="print a recipe's JSON schema, then stop")
-    add("--force", action="store_true", help="run steps again that are already done")
+    add("--version", action=_Version, nargs=0, help="print the release, then stop")
+    for title, prefixes in _GROUPS.items():
+        group = made.add_argument_group(title)
+        add_settings(group, [flag for flag in SETTINGS if _group_of(flag) == prefixes])
     return made
 
 
-def add_settings(made: argparse.ArgumentParser, flags: Iterable[str]) -> None:
-    """Flags of SETTINGS, each with its setting's own words as help."""
+_EPILOG = """\
+Any setting can be given as key=value, e.g. step3.ppo.kl_coef=0.02; --print-config
+shows them all, with the recipe's values, which may differ from the defaults above.
+In formats, templates and stop strings \\n is a line break and \\\\ a backslash; in
+paths and names a backslash stays.
+
+Exit codes: 0 done, 1 a step failed, 2 bad usage or configuration, 3 a requirement
+is missing, 129 hung up, 130 interrupted, 143 terminated."""
+# title -> what the settings of its flags begin with; the first group has all others
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "the run": (),
+    "stopping and resuming": ("checkpoint.", "launch.max_restarts", "launch.auto_batch"),
+    "processes and machines": ("launch.",),
+}
+
+
+def _group_of(flag: str) -> tuple[str, ...]:
+    own = (start for start in _GROUPS.values() if start and SETTINGS[flag][0].startswith(start))
+    return next(own, ())
+
+
+def add_settings(made: argparse._ActionsContainer, flags: Iterable[str]) -> None:
+    """Flags of SETTINGS, each with its setting's own words, choices and default as help."""
     for flag in flags:
         leaf = leaves()[SETTINGS[flag][0]]
-        text = leaf.doc.replace("%", "%%")
+        text = f"{leaf.doc} {_facts(leaf)}".strip().replace("%", "%%")
         if leaf.is_flag:
             made.add_argument(flag, action="store_const", const="true", help=text)
             continue
         nargs = "+" if flag in _LISTS else None
         made.add_argument(flag, nargs=nargs, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
+
+
+def _facts(leaf: Key) -> str:
+    """`[one of a, b; default a]`, as far as there is something to say."""
+    choices = [kind for kind in leaf.types if isinstance(kind, str)]  # a Literal's values
+    told = [f"one of {', '.join(choices)}"] if len(choices) > 1 else []
+    if leaf.default not in (None, "", [], False):
+        shown = leaf.default if not isinstance(leaf.default, list) else ", ".join(leaf.default)
+        told.append(f"default {shown}")
+    return f"[{'; '.join(told)}]" if told else ""
 
 
 def normalize_flags(argv: Sequence[str]) -> list[str]:
@@ -197,11 +252,20 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         raise ConfigError("--json prints the plan for machines: use it with --dry-run")
     if flags.seeds:
         refuse_seeds(flags, overrides)
-    recipe = find_recipe(flags.config, flags.actor_model)
     values, origins = flag_values(flags)
     asked = {**from_environment(environ, values), **parse_overrides(overrides)}
     actor, reward = (model_name(name) for name in (flags.actor_model, flags.reward_model))
+    source = None
+    if flags.source is not None:
+        source = _source(flags, named="name" in values or "name" in asked)
+        asked = {"output_dir": str(source.run.path.parent), **source.settings, **asked}
+        origins = {**dict.fromkeys(source.settings.keys() - asked.keys(), "--from"), **origins}
+        actor = actor or source.models.get("sft")
+        reward = reward or source.models.get("reward")
+    recipe = None if source else find_recipe(flags.config, flags.actor_model)
     config = load_config(recipe, asked, values, origins)
+    if source is not None:
+        _refuse_itself(config, source)
     return Options(
         stages=chosen(pipeline_of(config.pipeline), flags.step),
         config=config,
@@ -215,7 +279,30 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         force=flags.force,
         seeds=flags.seeds or [],
         argv=list(argv),
+        source=source,
     )
+
+
+def _source(flags: argparse.Namespace, *, named: bool) -> Source:
+    """The other run of --from. Raises ConfigError, RequirementError."""
+    from launch import from_run  # which needs what this file defines
+
+    if not flags.print_config:
+        from_run.refuse_what_contradicts(
+            flags.source, config=flags.config, steps=flags.step, named=named
+        )
+    roles = from_run.needed(flags.step or [])
+    if flags.actor_model:
+        roles = [role for role in roles if role != "sft"]
+    if flags.reward_model:
+        roles = [role for role in roles if role != "reward"]
+    return from_run.read_source(flags.source, roles)
+
+
+def _refuse_itself(config: RunConfig, source: Source) -> None:
+    place = Path(config.output_dir).expanduser().absolute() / config.name
+    if place.resolve() == source.run.path.resolve():
+        raise ConfigError(f"--from {source.run.path}: give the new run another --name than its own")
 
 
 def refuse_seeds(flags: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -239,7 +326,7 @@ def split_overrides(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-_TAKES_ONE = {*SETTINGS, "--config", "--actor-model", "--reward-model"}
+_TAKES_ONE = {*SETTINGS, "--config", "--from", "--actor-model", "--reward-model"}
 _TAKES_ONE -= {*_LISTS, "--auto-batch"}
 
 

@@ -165,7 +165,9 @@ def launch_spec(
 
 def describe(plan: Plan) -> str:
     """The plan as text, in the order in which one would tell it."""
-    recipe = plan.recipe or "none: the settings' defaults (--actor-model names a model of its own)"
+    source = plan.options.source
+    none = "none: the settings' defaults (--actor-model names a model of its own)"
+    recipe = plan.recipe or (f"the settings of {source.run.path} (--from)" if source else none)
     lines = [
         f"run      {plan.config.name}: {plan.run.path}",
         f"recipe   {recipe}",

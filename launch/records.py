@@ -22,6 +22,7 @@ def record_plan(options: Options, plan: Plan) -> None:
         "asked": options.argv,
         "python": sys.executable,
         "recipe": str(plan.recipe) if plan.recipe else None,
+        "from": str(options.source.run.path) if options.source else None,
         "world_size": plan.placement.world_size,
         "versions": library_versions(),
         "steps": [_entry(item) for item in plan.steps],

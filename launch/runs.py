@@ -14,10 +14,10 @@ from typing import Any
 
 from launch import failure
 from launch.finished import finished
-from rlhf.errors import RequirementError
+from rlhf.errors import ArtifactError, RequirementError
 from rlhf.redact import redact
-from rlhf.stages import STAGES, Stage, get
-from rlhf.store import Manifest, RunDir, read_json
+from rlhf.stages import PPO, STAGES, Stage, get
+from rlhf.store import Manifest, RunDir, read_json, read_manifest
 from rlhf.store.checkpoints import newest
 
 FINISHED, GOING_ON, STOPPED, DIED, WAITING = (
@@ -164,3 +164,30 @@ def _end(run: RunDir, logs: Path) -> tuple[str, str]:
 def name_of(stage: Stage) -> str:
     """`step 3 PPO`."""
     return f"{stage} {stage.title}"
+
+
+def model_place(run: RunDir, role: str) -> str | None:
+    """Where the run's "sft" or "reward" model is: made by it, else what its PPO was given; None:
+    it has none.
+
+    Raises RequirementError: what PPO was given is another artifact by now, or gone.
+    """
+    if run.artifact(role).is_dir():
+        return str(run.artifact(role))
+    policy = finished(run, PPO)
+    parent = policy.parents.get(role) if policy is not None else None
+    if parent is None:
+        return None
+    if parent.id is not None and _id(parent.path) != parent.id:
+        raise RequirementError(
+            f"{run.path}: its PPO was made from the {role} artifact {parent.id[:12]} in "
+            f"{parent.path}, which is not there any more"
+        )
+    return parent.path
+
+
+def _id(place: str) -> str | None:
+    try:
+        return read_manifest(place).id
+    except ArtifactError:
+        return None

@@ -114,6 +114,7 @@ def report(run: RunDir) -> dict[str, Any]:
         "asked": told.get("asked"),
         "started": told.get("started"),
         "recipe": told.get("recipe"),
+        "from": told.get("from"),
         "world_size": told.get("world_size"),
         "versions": told.get("versions"),
         "steps": [step_report(run, state) for state in states(run)],
@@ -220,6 +221,8 @@ def describe(found: Mapping[str, Any], blocks: str, *, every: bool = False) -> l
         lines.append(f"asked    {found['goes_on_with']}")
     if found["started"]:
         lines.append(f"started  {found['started']}, {found['world_size']} process(es)")
+    if found["from"]:
+        lines.append(f"from     {found['from']}")
     lines += _verdict_lines(found)
     for step in found["steps"]:
         lines += ["", *_step_lines(step, blocks, every)]

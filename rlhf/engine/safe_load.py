@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ _SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 def load_safely(path: Path | str, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """`torch.load` of tensors, plain values and four classes of DeepSpeed; `mmap`: tensors stay in
     the file until they are read, but for torch's older format, which earlier releases wrote."""
-    mmap = mmap and zipfile.is_zipfile(path)
+    with open(path, "rb") as stream:  # PKZIP's mark: the present format is an archive
+        mmap = mmap and stream.read(4) == b"PK\x03\x04"
     with torch.serialization.safe_globals(_SAFE):
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 

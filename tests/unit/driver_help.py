@@ -118,6 +118,7 @@ def make_artifact(
     config: Any,
     parents: dict[str, str] | None = None,
     sources: Any = None,
+    weights: bytes = b"weights",
 ) -> str:
     """Publishes a small artifact as the step would; returns its id."""
     from rlhf.store import MANIFEST, read_manifest
@@ -128,7 +129,7 @@ def make_artifact(
         records[name] = {"path": path, "id": read_manifest(path).id if known else None}
     manifest = publish(
         RunDir(run).step_dir(step),
-        lambda directory: (directory / "model.safetensors").write_bytes(b"weights") and None,
+        lambda directory: (directory / "model.safetensors").write_bytes(weights) and None,
         kind=stages.get(step).makes,
         step=step,
         parents=records,

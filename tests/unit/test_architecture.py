@@ -35,6 +35,10 @@ MAY_IMPORT = {
         "rlhf.secrets",
         "rlhf.lifeline",
         "rlhf.evaluation.reward_model",  # is it good enough for step 3; it imports nothing of ours
+        "rlhf.evaluation.answers",  # of two runs, compared; imports nothing heavy
+        "rlhf.evaluation.compare",
+        "rlhf.evaluation.intervals",
+        "rlhf.evaluation.published",
         "rlhf.track.forward",  # which trackers there are; it imports nothing heavy
         "rlhf.track.metrics",  # reads metrics.jsonl; it imports nothing heavy
     ),

@@ -20,9 +20,11 @@ from launch import chat
 from rlhf.chat.scorer import Scorer
 from rlhf.chat.session import Session
 from rlhf.chat.speaker import Refused, Speaker, Stream, load_speaker, sampling_line
-from rlhf.store import RunDir
+from rlhf.errors import RequirementError
+from rlhf.store import RunDir, read_manifest
 from tests.unit import model_help as help_
 from tests.unit.chat_help import MEAN, NEW_TOKENS, STD, make_run, write_policy
+from tests.unit.driver_help import make_artifact
 from train import main
 
 CHAT = [sys.executable, str(help_.ROOT / "train.py"), "chat"]
@@ -272,7 +274,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str, seconds: float = 240) -> str:
         """All that was shown since the last call, up to `text`."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
@@ -286,7 +288,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def end(self) -> int:
-        code = self.process.wait(60)
+        code = self.process.wait(240)
         os.close(self.master)
         return code
 
@@ -425,3 +427,22 @@ def test_the_reward_model_that_is_gone(run: RunDir, tmp_path: Path) -> None:
     assert b"not UTF-8" in done.stdout
     assert b"Traceback" not in done.stdout + done.stderr
     assert done.stdout.count(b"ppo> ") == 2
+
+
+def test_a_run_that_was_given_its_models(run: RunDir, tmp_path: Path) -> None:
+    """Started with --from: SFT and reward model are the other run's, while they are the same."""
+    config = read_manifest(run.artifact("ppo")).config
+    parents = {name: str(run.artifact(name)) for name in ("sft", "reward")}
+    make_artifact(tmp_path / "two", 3, config, parents)
+    (sft,) = chat.find(str(tmp_path / "two"), ["sft"])
+    assert (sft.place, sft.reward) == (parents["sft"], parents["reward"])
+    assert sft.rollout["max_new_tokens"] == NEW_TOKENS
+    (base,) = chat.find(str(tmp_path / "two"), ["base"])
+    assert (base.place, base.tokenizer) == (help_.tiny(), parents["sft"])
+    gone = {"sft": str(tmp_path / "gone"), "reward": str(tmp_path / "gone")}
+    make_artifact(tmp_path / "three", 1, config)
+    gone["sft"] = str(RunDir(tmp_path / "three").artifact("sft"))
+    make_artifact(tmp_path / "four", 3, config, gone)
+    make_artifact(tmp_path / "three", 1, config, weights=b"made again")
+    with pytest.raises(RequirementError, match="which is not there any more"):
+        chat.find(str(tmp_path / "four"), ["sft"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import chat, evaluation, plan_command, show
+from launch import chat, compare, evaluation, plan_command, recipes_command, show
 from launch.commands import COMMANDS
 from launch.options import RECIPES, parse_options, parser
 from rlhf.certify import main as certify
@@ -109,7 +109,15 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def flags() -> set[str]:
-    parsers = (parser(), plan_command.parser(), certify.parser(), chat.parser(), show.parser())
+    parsers = (
+        parser(),
+        plan_command.parser(),
+        certify.parser(),
+        chat.parser(),
+        show.parser(),
+        compare.parser(),
+        recipes_command.parser(),
+    )
     return {flag for one in parsers for flag in one._option_string_actions}
 
 
@@ -145,17 +153,17 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
 
 
 def check_driver(argv: list[str]) -> None:
+    if argv[:1] == ["train"]:
+        argv = argv[1:]
     if argv[:1] == ["plan"]:
         plan_command.parse(argv[1:])
         return
     if argv[:1] == ["chat"]:
         chat.parse(argv[1:])
         return
-    if argv[:1] == ["show"]:
-        show.parser().parse_args(argv[1:])
-        return
-    if argv[:1] == ["certify"]:
-        certify.parser().parse_args(argv[1:])
+    own = {"certify": certify, "compare": compare, "recipes": recipes_command, "show": show}
+    if argv and argv[0] in own:
+        own[argv[0]].parser().parse_args(argv[1:])
         return
     if argv[:1] == ["evaluate"]:
         _, asked = evaluation.parse_flags(argv[1:])
@@ -163,6 +171,10 @@ def check_driver(argv: list[str]) -> None:
         return
     if argv and not argv[0].startswith("-") and argv[0] in COMMANDS:
         argv = argv[2:] if argv[0] == "example" else argv[1:]
+    if "--from" in argv:  # a run that is not here: the rest of the line is looked at
+        at = argv.index("--from")
+        assert {"--step", "--name"} <= set(argv), argv
+        argv = [*argv[:at], *argv[at + 2 :]]
     if "--help" not in argv:
         # Raises ConfigError for a flag, setting, value or recipe that does not exist.
         parse_options(argv, environ={})

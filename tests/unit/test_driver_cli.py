@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 
 import train
 from launch.checklist import Found
+from launch.commands import COMMANDS, GROUPS
 from launch.looking import Looked
-from launch.options import Options, find_recipe, parse_options
+from launch.options import SETTINGS, Options, find_recipe, parse_options
 from launch.spec import PROJECT_ROOT
 from rlhf.config import load_config
 from rlhf.errors import ConfigError
@@ -159,7 +161,7 @@ def test_models_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
         (["--num-gpus", "3"], "must be a multiple of 3"),
         (["--name", "a/b"], "must match"),
         (["--seed", "-1"], "seed = -1"),
-        (["loose"], "unrecognized arguments: loose"),
+        (["loose"], "loose: no such verb"),
         (["--include", "a", "--exclude", "b"], "give one of them"),
         (["--deployment-type", "multi_node"], "give --hostfile"),
     ],
@@ -303,3 +305,52 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for flag in ("--step", "--actor-zero-stage", "--hf-endpoint", "--dry-run", "130 interrupted"):
         assert flag in out
+    told = [verb for verbs in GROUPS.values() for verb in verbs]
+    assert sorted(told) == sorted([*COMMANDS, "train"]), "every verb, once"
+    for verb in told:
+        assert re.search(rf"^  {verb} +\w", out, re.M), verb
+    for flag in SETTINGS:
+        assert len(re.findall(rf"^  {flag}(?: |$)", out, re.M)) == 1, flag
+    assert "one of single_gpu, single_node, multi_node; default single_gpu" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 84
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--version"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"rlhf-pipeline \S+.* \(python 3\.\d+\.\d+, torch [^,]+, .*\)\n", out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["shwo", "x"], "shwo: no such verb. Did you mean show?"),
+        (["tiny_cpu"], "tiny_cpu: no such verb. There are train, recipes"),
+        (["train", "shwo"], "unrecognized arguments: shwo"),
+    ],
+)
+def test_a_verb_that_does_not_exist(
+    capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    code, err = fails(capsys, *argv)
+    assert code == 2
+    assert said in err
+
+
+def test_train_is_what_happens_without_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for verb in ([], ["train"]):
+        assert train.main([*verb, "--print-config", "step3.ppo.kl_coef=0.5"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "kl_coef: 0.5" in texts[0]
+
+
+@pytest.mark.parametrize("verb", ["chat", "compare", "evaluate", "plan", "recipes", "show"])
+def test_each_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f" {verb} " in capsys.readouterr().out

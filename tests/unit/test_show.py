@@ -145,7 +145,7 @@ def test_a_run_that_goes_on_and_one_that_was_stopped_or_killed(
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        assert wait_for((run.path / "asleep").exists)
+        assert wait_for((run.path / "asleep").exists, 240)
         return process
 
     process = start()
@@ -155,15 +155,15 @@ def test_a_run_that_goes_on_and_one_that_was_stopped_or_killed(
     assert "step 2   reward model: going on, logged up to 1, " in out
     assert "next     it is going on" in out
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(240) == 143
     found = shown(driver, "tiny_cpu")
     assert states_of(found) == ["finished", "stopped", "not started"]
     assert "had saved nothing" in found["steps"][1]["why"]
 
     process = start()
     process.kill()
-    process.wait(60)
-    assert wait_for(lambda: not runs.working(run), 60)
+    process.wait(240)
+    assert wait_for(lambda: not runs.working(run), 240)
     found = shown(driver, "tiny_cpu")
     assert states_of(found) == ["finished", "died", "not started"], "not the earlier start's end"
     assert found["steps"][1]["why"] == "without a word (killed?)"
