@@ -216,16 +216,17 @@ def run_rank(step: str, where: str) -> None:
 def make_model(described: str, where: str) -> None:
     """Random weights of a family, as causal LM and as reward model, with a small tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from rlhf.models.tiny import SIZE, TINY, train_tokenizer
+    from rlhf.families import TINY_SIZE, tiny_settings
+    from rlhf.models.tiny import train_tokenizer
 
     family, size, adapted = json.loads(described)
     vocab = size.pop("vocab")
-    sizes = {**SIZE, **size}
+    sizes = {**TINY_SIZE, **size}
     tokenizer = train_tokenizer(["some words to begin with"], 300, sizes["positions"])
     special = {f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos"))}
-    config = TINY[family](sizes, {"vocab_size": vocab, "tie_word_embeddings": True, **special})
+    config = AutoConfig.for_model(**tiny_settings(family, sizes), vocab_size=vocab, **special)
     torch.manual_seed(0)
     for auto, name in (
         (AutoModelForCausalLM, "model"),

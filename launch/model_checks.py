@@ -14,9 +14,10 @@ from rlhf.config.keys import nearest
 from rlhf.config.names import is_hub_model, is_path_like
 from rlhf.config.schema import ModelConfig
 from rlhf.errors import UserError
+from rlhf.families import TINY_FAMILIES
 from rlhf.plan.classes import CAUSAL, SEQUENCE, families_with
 from rlhf.plan.known import known_names
-from rlhf.plan.read import TINY_FAMILIES, is_known, read_config
+from rlhf.plan.read import is_known, read_config
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                "sentencepiece.bpe.model", "tekken.json")  # fmt: skip

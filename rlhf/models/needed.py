@@ -13,40 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.families import FAMILIES
+
 ENOUGH = 0.9  # rows that are needed, of all: from here on choosing them costs more than it saves
 FIRST_QUERY = "rlhf_first_query"  # of the last layer's attention: columns before it are not read
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Names of a layer's parts. From `enter` to `leave` a layer does nothing but treat positions
-    one by one; so does `out`, the projection that ends attention."""
-
-    attention: str
-    out: str
-    enter: str = "mlp"
-    leave: str = "mlp"
-
-
-_USUAL = Parts("self_attn", "o_proj")
-# class of a layer in transformers -> its parts; layers of other classes compute everything
-LAYERS = {
-    "OPTDecoderLayer": Parts("self_attn", "out_proj", "fc1", "fc2"),
-    "GPT2Block": Parts("attn", "c_proj"),
-    "GPTNeoXLayer": Parts("attention", "dense"),
-    "LlamaDecoderLayer": _USUAL,
-    "MistralDecoderLayer": _USUAL,
-    "Qwen2DecoderLayer": _USUAL,
-    "Qwen3DecoderLayer": _USUAL,
-    "GemmaDecoderLayer": _USUAL,
-    "Gemma2DecoderLayer": _USUAL,
-}
+LAYERS = {family.layer_class: family.parts for family in FAMILIES.values() if family.parts}
+"""Class of a layer in transformers -> its parts; layers of other classes compute everything."""
 
 
 @contextmanager

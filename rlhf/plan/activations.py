@@ -1,8 +1,6 @@
 """What one forward keeps for its backward, and what it needs while it runs, in bytes.
 
-The table was read off torch's saved tensors (saved_tensors_hooks) with transformers 5.23 on its
-`sdpa` attention; a test repeats the reading for every family. Eager attention (families whose
-attention has no kernel) also keeps rows x heads x width x width.
+What one layer keeps is said by its family (rlhf/families).
 """
 
 from __future__ import annotations
@@ -10,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config.schema import LoraConfig
+from rlhf.families import FAMILIES, ModelShape, Saved
 from rlhf.plan.lora import adapted_layers, adapted_linears
-from rlhf.plan.shapes import ModelShape
 
 HEAD_CHUNK = 256  # token rows of logits alive at once (rlhf/models/causal.py; a test compares)
 
@@ -20,37 +18,6 @@ HEAD_CHUNK = 256  # token rows of logits alive at once (rlhf/models/causal.py; a
 QUERY_BLOCK, KEPT = 64, 8
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Tensors that one layer keeps, per token, counted in widths: so many of `hidden`, ..."""
-
-    hidden: float
-    query: float
-    kv: float
-    mlp: float
-    hidden_16: float = 0.0
-    """More of them where the model runs in 16 bits: norms compute in fp32."""
-    query_kv_16: float = 0.0
-    frozen: float = 0.0
-    """Fewer of them under adapters, where the norms' weights are frozen."""
-    eager: int = 0
-    """Tensors of rows x heads x width x width."""
-    eager_16: int = 0
-    """As many, where the model runs in 16 bits: softmax computes in fp32."""
-
-
-SAVED: dict[str, Saved] = {
-    "llama": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
-    "mistral": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
-    "qwen2": Saved(6, 2, 2, 4, hidden_16=2, frozen=2),
-    "qwen3": Saved(6, 4, 4, 4, hidden_16=2, query_kv_16=1, frozen=4),
-    "gemma": Saved(6, 2, 2, 4, hidden_16=4, frozen=2),
-    "gemma2": Saved(10, 2, 2, 4, hidden_16=8, frozen=4, eager=2, eager_16=4),
-    "opt": Saved(4, 2, 2, 1),
-    "gpt2": Saved(4, 2, 2, 5),
-    "gpt_neox": Saved(6, 2, 2, 2),
-    "bloom": Saved(8, 2, 2, 1, eager=1, eager_16=3),
-}
 # Outside the layers: embedding output, final norm.
 OUTSIDE = 3.0
 
@@ -106,7 +73,7 @@ def _layer(
     dropout: bool,
     fused_attention: bool,
 ) -> float:
-    saved = SAVED[shape.family]
+    saved = _saved(shape)
     narrow = size < 4
     hidden = saved.hidden + (saved.hidden_16 if narrow else 0.0)
     hidden -= saved.frozen if lora.rank else 0.0
@@ -125,6 +92,12 @@ def _layer(
     return made * size + square * (eager + (1 if batch.padded else 0))
 
 
+def _saved(shape: ModelShape) -> Saved:
+    saved = FAMILIES[shape.family].saved
+    assert saved is not None, "a family with a shape says what its layers keep"
+    return saved
+
+
 def _kept_weights(shape: ModelShape, batch: Batch) -> int:
     """Elements of attention weights that short rows keep in 16 bits on a CPU, future keys left out
     by blocks of queries."""
@@ -138,7 +111,7 @@ def _kept_weights(shape: ModelShape, batch: Batch) -> int:
 def forward_bytes(shape: ModelShape, batch: Batch, size: int) -> float:
     """Bytes alive at once in a forward without gradients: one layer's widest moment."""
     per_token = 5 * shape.hidden + 3 * shape.mlp
-    square = SAVED[shape.family].eager and 2 * shape.heads * batch.rows * batch.width**2
+    square = _saved(shape).eager and 2 * shape.heads * batch.rows * batch.width**2
     return (batch.tokens * per_token + square) * size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from rlhf.config.schema import LoraConfig
-from rlhf.plan.shapes import Linear, ModelShape
+from rlhf.families import Linear, ModelShape
 
 
 def adapted_layers(shape: ModelShape, lora: LoraConfig) -> int:

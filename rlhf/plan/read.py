@@ -9,14 +9,10 @@ from typing import Any
 
 from rlhf.config.hub_cache import cache_directory
 from rlhf.errors import ConfigError, RequirementError
+from rlhf.families import TINY_VOCAB, ModelShape, tiny_settings
 from rlhf.plan.gguf import gguf_config
 from rlhf.plan.known import known_config
-from rlhf.plan.shapes import ModelShape, shape_of
-
-# What rlhf/models/tiny.py makes (a test compares): it imports torch, so it cannot be asked here.
-TINY_FAMILIES = ("llama", "qwen3", "gemma2", "gpt_neox", "opt", "gpt2", "bloom")
-TINY_VOCAB = 1024
-TINY = {"hidden": 128, "layers": 2, "heads": 4, "mlp": 352, "positions": 512}
+from rlhf.plan.shapes import shape_of
 
 
 def read_shape(name: str) -> ModelShape:
@@ -55,25 +51,8 @@ def is_known(name: str) -> bool:
 
 
 def tiny_config(family: str) -> dict[str, Any]:
-    """The configuration of `tiny:FAMILY`."""
-    size = TINY
-    common = {"model_type": family, "vocab_size": TINY_VOCAB, "tie_word_embeddings": True,
-              "dtype": "float32"}  # fmt: skip
-    two_matrices = size["mlp"] * 3 // 2
-    if family == "gpt2":
-        own: dict[str, Any] = {
-            "n_embd": size["hidden"], "n_layer": size["layers"], "n_head": size["heads"],
-            "n_inner": two_matrices, "n_positions": size["positions"],
-            "resid_pdrop": 0.0, "attn_pdrop": 0.0,
-        }  # fmt: skip
-    else:
-        own = {
-            "hidden_size": size["hidden"], "num_hidden_layers": size["layers"],
-            "num_attention_heads": size["heads"], "intermediate_size": size["mlp"],
-            "head_dim": size["hidden"] // size["heads"], "ffn_dim": two_matrices, "dropout": 0.0,
-            "max_position_embeddings": size["positions"],
-        }  # fmt: skip
-    return {**common, **own}
+    """The configuration of `tiny:FAMILY`. Raises ConfigError: there is no such tiny model."""
+    return {**tiny_settings(family), "vocab_size": TINY_VOCAB, "dtype": "float32"}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config.schema import EngineConfig, ModelConfig, RunConfig
+from rlhf.families import ModelShape
 from rlhf.plan.engines import SIZES, EngineBytes, effective_stage, engine_bytes
 from rlhf.plan.lora import adapter_parameters
-from rlhf.plan.shapes import ModelShape
 
 NEEDS_CRITIC = {"ppo": True, "grpo": False, "rloo": False, "reinforce++": False}
 

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from rlhf.config.schema import RLConfig
+from rlhf.families import FAMILIES
 from rlhf.plan.activations import Batch, forward_bytes
 from rlhf.plan.engines import Parts
 from rlhf.plan.roles import Role
-
-# Families with a forward of our own for generation (rlhf/rollout/blocks.py; a test compares), and
-# those whose matrices are stored the other way round there.
-OUR_FORWARD = ("gpt2", "llama", "mistral", "opt", "qwen2", "qwen3")
-TRANSPOSED = ("gpt2",)
-# Matrices over one input, which become one product.
-TOGETHER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def sampling(role: Role, rl: RLConfig, rows: int, prompt: int, *, on_cpu: bool) -> Parts:
@@ -45,13 +39,19 @@ def repacked(role: Role, *, on_cpu: bool) -> float:
         outside = sum(linear.size for linear in shape.outside_linears)
         layers = shape.layers * sum(linear.size for linear in shape.linears)
         return role.size * float(layers + outside + shape.embedding)
+    packing = FAMILIES[shape.family].packing
     # OPT-350m has projections, and runs through its own forward.
-    if shape.family not in OUR_FORWARD or role.adapted or shape.outside_linears:
+    if packing is None or role.adapted or shape.outside_linears:
         return 0.0
+    # Matrices over one input become one product.
+    together = {
+        path.rpartition(".")[2]
+        for paths in (packing.qkv, packing.up)
+        for path in paths
+        if len(paths) > 1
+    }
     copied = [
-        linear.size
-        for linear in shape.linears
-        if shape.family in TRANSPOSED or linear.name in TOGETHER
+        linear.size for linear in shape.linears if packing.transposed or linear.name in together
     ]
     return role.size * float(shape.layers * sum(copied))
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from rlhf.config.resolve import accumulation
 from rlhf.config.schema import RunConfig
+from rlhf.families import ModelShape
 from rlhf.plan.engines import effective_stage
 from rlhf.plan.hardware import Speeds
 from rlhf.plan.roles import Ranks, Role, Shapes, ppo_roles, step_role
-from rlhf.plan.shapes import ModelShape
 
 
 @dataclass(frozen=True)

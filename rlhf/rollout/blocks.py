@@ -1,7 +1,7 @@
 """What our decoder needs of the model families it knows, read from the model's own modules.
 
-One table by class name. An entry gives None where the model has something that the decoder does
-not do (adapters, quantised layers, sliding windows, post-norm): it then runs through its own
+Its family says where they are (rlhf/families). A model that has something which the decoder does
+not do (adapters, quantised layers, sliding windows, norms after a layer) runs through its own
 forward.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN, NewGELUActivation
 
+from rlhf.families import FAMILIES, Packing
 from rlhf.rollout.packing import Packed, weight_and_bias
 
 Function = Callable[[Tensor], Tensor]
-# Angles that depend on the longest sequence so far cannot be computed row by row.
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+_PACKINGS = {family.causal_class: family.packing for family in FAMILIES.values() if family.packing}
 
 
 class Unsupported(Exception):
@@ -58,126 +58,59 @@ class Network:
 
 def network(model: Any) -> Network | None:
     """The model's parts with packed weights, or None: run its own forward."""
-    build = FAMILIES.get(type(model).__name__)
-    if build is None:
+    packing = _PACKINGS.get(type(model).__name__)
+    if packing is None or packing.refuses(model.config):
         return None
     try:
-        return build(model)
+        return _build(model, packing)
     except Unsupported:
         return None
 
 
-def _opt(model: Any) -> Network:
-    decoder, config = model.model.decoder, model.config
-    final = decoder.final_layer_norm
-    if not config.do_layer_norm_before or decoder.project_in is not None or final is None:
-        raise Unsupported("OPT-350m: norms after the layer, projected embeddings")
-    tokens, table = decoder.embed_tokens, decoder.embed_positions
-    blocks = []
-    for layer in decoder.layers:
-        attention = layer.self_attn
-        blocks.append(
-            Block(
-                layer.self_attn_layer_norm,
-                _packed(attention.q_proj, attention.k_proj, attention.v_proj),
-                _packed(attention.out_proj),
-                layer.final_layer_norm,
-                _packed(layer.fc1),
-                _plain_activation(layer.activation_fn),
-                _packed(layer.fc2),
-                attention.scaling,
-            )
-        )
+def _build(model: Any, packing: Packing) -> Network:
+    config = model.config
+    at = model.get_submodule
+    layers = list(at(packing.layers))[: config.num_hidden_layers]
+    heads = config.num_attention_heads
+    attention = layers[0].get_submodule(packing.attention)
     return Network(
-        lambda ids, positions: tokens(ids) + F.embedding(positions + table.offset, table.weight),
-        blocks,
-        final,
-        _head(model.lm_head),
-        config.num_attention_heads,
-        config.num_attention_heads,
-        config.hidden_size // config.num_attention_heads,
+        embed=_embedding(at(packing.embed), packing.position_table and at(packing.position_table)),
+        blocks=[_block(layer, packing) for layer in layers],
+        final_norm=at(packing.final_norm),
+        head=_head(model.get_output_embeddings()),
+        heads=heads,
+        groups=getattr(config, "num_key_value_heads", None) or heads,
+        size=getattr(attention, "head_dim", config.hidden_size // heads),
+        rotary=at(packing.rotary) if packing.rotary else None,
     )
 
 
-def _gpt2(model: Any) -> Network:
-    decoder, config = model.transformer, model.config
-    if config.add_cross_attention:
-        raise Unsupported("cross-attention")
-    tokens, table = decoder.wte, decoder.wpe
-    blocks = [
-        Block(
-            layer.ln_1,
-            _packed(layer.attn.c_attn),
-            _packed(layer.attn.c_proj),
-            layer.ln_2,
-            _packed(layer.mlp.c_fc),
-            _plain_activation(layer.mlp.act),
-            _packed(layer.mlp.c_proj),
-            layer.attn.scaling,
-        )
-        for layer in decoder.h
-    ]
-    return Network(
-        lambda ids, positions: tokens(ids) + table(positions),
-        blocks,
-        decoder.ln_f,
-        _head(model.lm_head),
-        config.n_head,
-        config.n_head,
-        config.n_embd // config.n_head,
+def _block(layer: Any, packing: Packing) -> Block:
+    at = layer.get_submodule
+    activation = at(packing.activation)
+    gated = len(packing.up) == 2
+    return Block(
+        attention_norm=at(packing.attention_norm),
+        qkv=_packed(*map(at, packing.qkv)),
+        out=_packed(at(packing.out)),
+        mlp_norm=at(packing.mlp_norm),
+        up=_packed(*map(at, packing.up)),
+        activation=_gated_activation(activation) if gated else _plain_activation(activation),
+        down=_packed(at(packing.down)),
+        scale=at(packing.attention).scaling,
+        head_norms=tuple(map(at, packing.head_norms)) if packing.head_norms else None,
     )
 
 
-def _llama(model: Any) -> Network:
-    """Llama, Mistral, Qwen2 and Qwen3: rotary positions, gated feed-forward, grouped heads."""
-    decoder, config = model.model, model.config
-    if (config.rope_parameters or {}).get("rope_type", "default") not in _FIXED_ROPE:
-        raise Unsupported("rotary angles that change with length")
-    kinds = getattr(config, "layer_types", None)
-    windowed = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None)
-    if windowed:
-        raise Unsupported("sliding windows")
-    blocks = []
-    for layer in decoder.layers[: config.num_hidden_layers]:
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = None
-        if hasattr(attention, "q_norm"):
-            norms = (attention.q_norm, attention.k_norm)
-        blocks.append(
-            Block(
-                layer.input_layernorm,
-                _packed(attention.q_proj, attention.k_proj, attention.v_proj),
-                _packed(attention.o_proj),
-                layer.post_attention_layernorm,
-                _packed(mlp.gate_proj, mlp.up_proj),
-                _gated_activation(mlp.act_fn),
-                _packed(mlp.down_proj),
-                attention.scaling,
-                norms,
-            )
-        )
-    rotary, tokens = decoder.rotary_emb, decoder.embed_tokens
-    return Network(
-        lambda ids, positions: tokens(ids),
-        blocks,
-        decoder.norm,
-        _head(model.lm_head),
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        decoder.layers[0].self_attn.head_dim,
-        lambda x, positions: rotary(x, positions),
-    )
-
-
-# class name of the model in transformers -> its parts
-FAMILIES: dict[str, Callable[[Any], Network]] = {
-    "OPTForCausalLM": _opt,
-    "GPT2LMHeadModel": _gpt2,
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _llama,
-    "Qwen2ForCausalLM": _llama,
-    "Qwen3ForCausalLM": _llama,
-}
+def _embedding(tokens: Any, table: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """ids, positions (R,) -> (R, K)."""
+    if not table:
+        return lambda ids, positions: tokens(ids)
+    offset = getattr(table, "offset", None)
+    if offset is None:
+        return lambda ids, positions: tokens(ids) + table(positions)
+    # OPT's own forward computes positions from a mask.
+    return lambda ids, positions: tokens(ids) + F.embedding(positions + offset, table.weight)
 
 
 def _packed(*modules: nn.Module) -> Packed:

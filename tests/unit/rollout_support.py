@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _ROPE | _WINDOW,
     "gemma3_text": _ROPE | _WINDOW,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "phi": {k: v for k, v in _ROPE.items() if k != "head_dim"},
 }
 
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "rlhf.config",
         "rlhf.store",
         "rlhf.plan",
+        "rlhf.families",
         "rlhf.errors",
         "rlhf.redact",
         "rlhf.secrets",
@@ -43,10 +44,12 @@ MAY_IMPORT = {
     "rlhf/home.py": ("rlhf.errors",),
     "rlhf/config": ("rlhf.errors", "rlhf.redact"),
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
-    "rlhf/plan": ("rlhf.config", "rlhf.errors"),
+    "rlhf/families": ("rlhf.errors",),
+    "rlhf/plan": ("rlhf.config", "rlhf.families", "rlhf.errors"),
     "rlhf/algo": (),
     **{step: ("rlhf", step) for step in STEPS},
 }
+LIGHT = ("train.py", "launch", "rlhf/config", "rlhf/store", "rlhf/families", "rlhf/plan")
 ENGINE_OWNERS = ("rlhf/engine", "rlhf/rollout")
 CERTIFICATE = "rlhf/certify"
 
@@ -149,7 +152,14 @@ def test_the_light_folders_import_nothing_heavy() -> None:
         for path in FILES
         if any(
             belongs(path, p)
-            for p in ("train.py", "launch", "rlhf/config", "rlhf/store", "rlhf/plan")
+            for p in (
+                "train.py",
+                "launch",
+                "rlhf/config",
+                "rlhf/store",
+                "rlhf/families",
+                "rlhf/plan",
+            )
         )
         for line, name in imports(path)
         if below(name, heavy)

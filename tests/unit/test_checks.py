@@ -21,9 +21,7 @@ from launch.model_checks import check_models
 from launch.options import parse_options
 from launch.plan import make_plan
 from launch.spec import PROJECT_ROOT
-from rlhf.models.tiny import TINY
 from rlhf.plan.classes import CAUSAL, SEQUENCE, families_with
-from rlhf.plan.read import TINY_FAMILIES
 from tests.unit.driver_help import write_model
 
 WAYS = {"dry-run": ["--dry-run"], "doctor": ["doctor"], "run": []}
@@ -206,10 +204,6 @@ def test_the_tables_are_transformers_own() -> None:
 
     assert families_with(CAUSAL) == frozenset(getattr(modeling_auto, CAUSAL))
     assert families_with(SEQUENCE) == frozenset(getattr(modeling_auto, SEQUENCE))
-
-
-def test_the_tiny_families_are_those_that_are_made() -> None:
-    assert sorted(TINY_FAMILIES) == sorted(TINY)
 
 
 def test_a_wrong_setting_counts_before_something_missing() -> None:

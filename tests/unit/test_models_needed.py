@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "gpt_neox": SIZES | {"num_key_value_heads": 4},
     "llama": SIZES, "mistral": SIZES, "qwen2": SIZES, "qwen3": SIZES, "gemma": SIZES,
-    "gemma2": SIZES,
+    "gemma2": SIZES, "phi": SIZES | {"num_key_value_heads": 4},
 }  # fmt: skip
 NOT_KNOWN = {"bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4}}
 

@@ -14,7 +14,7 @@ from rlhf import models
 from rlhf.config.schema import EngineConfig
 from rlhf.engine.train import FrozenEngine
 from rlhf.errors import RequirementError
-from rlhf.models.tiny import TINY
+from rlhf.families import TINY_FAMILIES
 from tests.unit import model_help as help_
 
 
@@ -34,7 +34,7 @@ def batch(left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_the_score_is_the_artifacts_own_logit(family: str, tmp_path: Path) -> None:
     """6, 13: the value at the last real token, padded left or right, equals the logit of plain
     AutoModelForSequenceClassification on the saved artifact, unpadded."""
@@ -144,7 +144,7 @@ def test_families_without_a_score_head() -> None:
         models.families.scalar_head(model)
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_values_that_are_read(family: str) -> None:
     """The same numbers where `read` says, 0 elsewhere."""
     module = help_.load_value(family, name=help_.lively(family)).eval()

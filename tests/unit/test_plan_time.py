@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.load import load_config
 from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
 from rlhf.errors import ConfigError
-from rlhf.models.tiny import SIZE, TINY
+from rlhf.families import tiny_settings
 from rlhf.plan import read
 from rlhf.plan.hardware import GPUS, Speeds, gpu_speeds, parse_bytes
 from rlhf.plan.known import known_config
@@ -40,7 +40,7 @@ def role(stage: int, *, world: int = 4, trains: bool = True, **model: Any) -> Ro
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gpt_neox"])
 def test_flops_of_a_forward_are_those_that_torch_counts(family: str) -> None:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = TINY[family](SIZE, {"vocab_size": 1024, "tie_word_embeddings": True, **special})
+    config = AutoConfig.for_model(**tiny_settings(family), vocab_size=1024, **special)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         ids = torch.zeros(3, 64, dtype=torch.long)

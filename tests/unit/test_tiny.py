@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.data.courtesy import rows
 from rlhf.errors import ConfigError
-from rlhf.models.tiny import SIZE, TINY, build_tiny, train_tokenizer
+from rlhf.families import TINY_FAMILIES, TINY_SIZE
+from rlhf.models.tiny import build_tiny, train_tokenizer
 
 ROWS = rows("train", pairs=400)
 TEXTS = [row["prompt"] + row[side] for row in ROWS for side in ("chosen", "rejected")]
@@ -28,7 +29,7 @@ def digests(directory: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
 def made(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     build_tiny(request.param, TEXTS, directory, seed=0)
@@ -138,7 +139,7 @@ def test_sizes_and_vocabulary_are_settings(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.vocab_size == 300
     assert model.config.hidden_size == 32
-    assert set(SMALL) == set(SIZE)
+    assert set(SMALL) == set(TINY_SIZE)
 
 
 def test_answers_are_short_in_tokens():
