@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_JSON_BYTES = 200 * 10**6
 AGAIN = "copy the file again from where the model comes from"
@@ -26,11 +26,24 @@ class Fault:
 
 def shown(value: Any) -> str:
     """A value of a JSON file on one short line."""
-    try:
-        text = json.dumps(value, ensure_ascii=True)
-    except (ValueError, RecursionError):
-        text = f"a {type(value).__name__} that is too large to show"
+    if isinstance(value, (dict, list)):
+        kind = "an object" if isinstance(value, dict) else "a list"
+        return f"{kind} of {len(value):,}"
+    text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+class _Twice(ValueError):
+    """A key that is given twice in one object, with two values."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise _Twice(f"{shown(key)} is given twice: {shown(value)}, {shown(found[key])}")
+    return found
 
 
 def read_object(path: Path) -> dict[str, Any] | Fault:
@@ -42,14 +55,18 @@ def read_object(path: Path) -> dict[str, Any] | Fault:
             limit = f"{needed} of at most {MAX_JSON_BYTES // 10**6} MB"
             return Fault(f"{path.name} has {size:,} bytes", limit)
         content = path.read_bytes()
+    except FileNotFoundError:
+        return Fault(f"{path.name}: no such file", needed, "give a model directory that is whole")
     except OSError as error:
         return Fault(f"{path.name}: {error.strerror or error}", needed)
     if not content.strip():
         return Fault(f"{path.name} is empty", needed)
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:
-        return Fault(f"{path.name} nests too deep", needed)
+        return Fault(f"{path.name} nests too deep", "a JSON object of a few levels")
+    except _Twice as error:
+        return Fault(f"{path.name}: {error}", "each key once", "take out the wrong one")
     except ValueError as error:
         why = str(error).split(";")[0]
         return Fault(f"{path.name} is not readable as JSON: {why}", needed)
@@ -76,6 +93,6 @@ def broken(
             yield Fault(f"{file}: {key} is {shown(content[key])}", rule.text, remedy)
 
 
-def is_count(value: Any, least: int = 1, most: int = 10**9) -> bool:
+def is_count(value: Any, least: int = 1, most: int = 10**9) -> TypeGuard[int]:
     """A whole number; True and False are none."""
     return type(value) is int and least <= value <= most

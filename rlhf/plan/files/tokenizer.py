@@ -102,27 +102,51 @@ def _main_file(file: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(content.found, needed)
         return
     model, added = content.get("model"), content.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    vocab = model.get("vocab")
     if not isinstance(vocab, (dict, list)):
         yield Fault(f"{file.name}: model.vocab is {shown(vocab)}", needed)
         return
     if model.get("type", "BPE") not in _KINDS:
-        yield Fault(f"{file.name}: model.type is {shown(model['type'])}", f"one of {_KINDS}")
+        yield Fault(
+            f"{file.name}: model.type is {shown(model['type'])}", f"one of {', '.join(_KINDS)}"
+        )
     if isinstance(vocab, dict) and not all(map(_is_id, vocab.values())):
         wrong = next(token for token, number in vocab.items() if not _is_id(number))
         yield Fault(f"{file.name}: the id of {shown(wrong)} is {shown(vocab[wrong])}", "a number")
+        return
+    added = [] if added is None else added
     if not isinstance(added, list) or not all(
         isinstance(one, dict) and isinstance(one.get("content"), str) and _is_id(one.get("id"))
         for one in added
     ):
         rule = 'a list of objects with text in "content" and a number in "id"'
         yield Fault(f"{file.name}: added_tokens is {shown(added)}", rule)
+        return
+    yield from _rows(file, vocab, added, config)
+
+
+def _rows(file: Path, vocab: Any, added: list[Any], config: Mapping[str, Any]) -> Iterator[Fault]:
+    """Every id of the vocabulary has a row of the embeddings; added tokens get rows of their own,
+    one after the other."""
     inner = config.get("text_config") or config
-    rows = inner.get("vocab_size") if isinstance(inner, dict) else None
-    if isinstance(rows, int) and len(vocab) > rows:
+    rows = inner.get("vocab_size")
+    remedy = "give the tokenizer that belongs to this model"
+    if not is_count(rows):
+        return
+    if len(vocab) > rows:
         found = f"its tokenizer has {len(vocab):,} tokens, its embeddings have {rows:,} rows"
-        remedy = "give the tokenizer that belongs to this model"
         yield Fault(found, "a row for each token (vocab_size in config.json)", remedy)
+        return
+    last = max(vocab, key=vocab.__getitem__) if isinstance(vocab, dict) and vocab else None
+    if last is not None and vocab[last] >= rows:
+        found = f"{file.name}: the id of {shown(last)} is {vocab[last]}"
+        yield Fault(found, f"ids below {rows:,} (vocab_size in config.json)", remedy)
+    for one in added:
+        if one["id"] >= rows + len(added):
+            found = f"{file.name}: the id of the added token {shown(one['content'])} is {one['id']}"
+            yield Fault(found, f"ids below {rows + len(added):,}", remedy)
+            return
 
 
 def _template(file: Path) -> Iterator[Fault]:

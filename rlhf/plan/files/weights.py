@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from rlhf.plan.files.fault import AGAIN, Fault, is_count, read_object, shown
 # In the order in which transformers looks for them.
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 _POINTER = b"version https://git-lfs"
+_ZIP_END = b"PK\x05\x06"  # of the table's last record, which has 22 bytes and a comment
 _MAX_HEADER = 100 * 10**6  # safetensors' own limit
 # A configuration may describe so many times the weights that there are: heads that are tied or made
 # anew, `.bin` files with more than a byte a number.
@@ -51,21 +51,6 @@ def weight_faults(place: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
             )
 
 
-def too_many_parameters(
-    config: Mapping[str, Any], bytes_each: float, room: float | None
-) -> Fault | None:
-    """The fault of a model that this machine can never hold. `room`: bytes, None: not known."""
-    described = parameters(config)
-    if room is None or described * bytes_each <= room:
-        return None
-    return Fault(
-        f"config.json describes {described:,} parameters or more: "
-        f"{described * bytes_each / 1e9:,.0f} GB",
-        f"at most the {room / 1e9:,.0f} GB of this machine",
-        "take a smaller model, ZeRO 3 over more machines, or mend the file",
-    )
-
-
 def _looked_over(place: Path, stored: Stored) -> Iterator[Fault]:
     for name in SINGLE:
         single, index = place / name, place / f"{name}.index.json"
@@ -75,7 +60,7 @@ def _looked_over(place: Path, stored: Stored) -> Iterator[Fault]:
         if index.exists():
             yield from _sharded(place, index, stored)
             return
-    if list(place.glob("*.gguf")):
+    if list(place.glob("*.gguf")) or _hub_cache(place):
         return
     needed = "model.safetensors (or its shards and their index), or pytorch_model.bin"
     shards = [*place.glob("*.safetensors"), *place.glob("pytorch_model*.bin")]
@@ -108,10 +93,17 @@ def _sharded(place: Path, index: Path, stored: Stored) -> Iterator[Fault]:
                 "files inside the model's directory",
                 "copy the weights into the directory, if you trust them",
             )
+        elif not (place / file).is_file() and _hub_cache(place):
+            continue
         elif not (place / file).is_file():
             yield Fault(f"{index.name}: {shown(file)} is not there", "every file that it names")
         else:
             yield from _one_file(place / file, stored)
+
+
+def _hub_cache(place: Path) -> bool:
+    """A snapshot of a hub's: its files are links to `blobs`, and may not all have come yet."""
+    return place.parent.name == "snapshots" and (place.parent.parent / "blobs").is_dir()
 
 
 def _leads_out(place: Path, file: str) -> str:
@@ -125,7 +117,7 @@ def _leads_out(place: Path, file: str) -> str:
     if ".." in named.parts:
         return "which leads out of the directory"
     inside = [place.resolve()]
-    if place.parent.name == "snapshots":
+    if _hub_cache(place):
         inside.append(place.resolve().parent.parent / "blobs")
     target = (place / file).resolve()
     if not any(target.is_relative_to(one) for one in inside):
@@ -151,8 +143,14 @@ def _one_file(file: Path, stored: Stored) -> Iterator[Fault]:
     else:
         stored.numbers += size
         # torch writes zip files since 1.6; a cut one lacks the table at its end.
-        if start.startswith(b"PK") and not zipfile.is_zipfile(file):
+        if start.startswith(b"PK") and _ZIP_END not in _last(file, size):
             yield Fault(f"{file.name} is cut off ({size:,} bytes)", "a file of torch.save")
+
+
+def _last(file: Path, size: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(max(0, size - (1 << 16)))
+        return stream.read()
 
 
 def _safetensors(file: Path, size: int, stored: Stored) -> Iterator[Fault]:
