@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
+from rlhf.config.limits import LimitsConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.rows import RowsConfig
 from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
@@ -60,6 +61,7 @@ class DataConfig(RowsConfig):
     max_bad_rows: NonNegative = doc(
         100, "More unusable rows than this stop the run; each is counted and located."
     )
+    limits: LimitsConfig = doc(LimitsConfig, "More data than this is refused.")
     cache_dir: str | None = doc(
         None, "Tokenised data; default `~/.cache/rlhf/data` (or $RLHF_CACHE/data)."
     )

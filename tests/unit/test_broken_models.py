@@ -113,7 +113,7 @@ CONFIG: dict[str, tuple[Spoil, str]] = {
                          'rope_scaling has the type "wild" (needed: one of default, '),
     "dropout": (sets(attention_dropout="much"), 'attention_dropout is "much" (needed: a number'),
     "a dtype": (sets(dtype="float7"), 'dtype is "float7" (needed: one of float32, '),
-    "quantised": (sets(quantization_config={"quant_method": "gptq"}), "quantised (gptq in config.json"),
+    "quantised": (sets(quantization_config={"quant_method": "gptq"}), "quantised (gptq in config"),
     "a special token": (sets(eos_token_id=10**6), "eos_token_id is 1000000 (needed: ids from 0 to"),
     "one of several": (sets(eos_token_id=[1, -7]), "eos_token_id is -7 (needed: ids from 0 to"),
     "code": (sets(model_type="evil", auto_map={"AutoConfig": "m.C"}), "trust_remote_code=true"),
