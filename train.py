@@ -7,6 +7,7 @@ python train.py --dry-run                        # the plan and the exact comman
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from launch.plan import Plan, describe, make_plan, plan_json
 from launch.records import record_plan
 from launch.requeue import requeue_own_job
 from rlhf.config.show import config_yaml, json_schema
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError, UserError
 from rlhf.home import ensure_home
 from rlhf.redact import printable, redact, redact_tree
 
@@ -41,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         print(printable(redact(f"error: {error}")), file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {str(error.filename)[:60]!r}...: longer than a name may be", file=sys.stderr)
+        return ConfigError.exit_code
     except execute.Interrupted as error:
         return _interrupted(error.number, f": {error}")
     except KeyboardInterrupt as interrupt:

@@ -17,15 +17,16 @@ from rlhf.config.trees import at
 from rlhf.errors import UserError
 from rlhf.families import TINY_FAMILIES
 from rlhf.plan.classes import CAUSAL, SEQUENCE, families_with
+from rlhf.plan.files import (
+    TOKENIZERS,
+    Fault,
+    config_faults,
+    tokenizer_faults,
+    weight_faults,
+)
 from rlhf.plan.known import known_names
-from rlhf.plan.read import is_known, read_config
+from rlhf.plan.read import is_known, read_config, snapshot
 from rlhf.stages import Stage
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-               "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
-_POINTER = b"version https://git-lfs"
-_LARGE_TOKENIZER = 40 * 10**6  # bytes: reading more takes seconds
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,14 @@ def _problems(name: str, uses: list[Use]) -> Iterator[Check]:
     except UserError as error:
         yield of_error(what, error)
         return
-    yield from _kind(what, config, uses)
+    own_code = uses[0].settings.trust_remote_code
+    faults = [_of_fault(what, one) for one in config_faults(config, own_code=own_code)]
+    yield from faults or _kind(what, config, uses)
+    if faults:
+        return
     yield from _positions(what, config, uses)
-    if place.is_dir():
-        yield from _files(what, place, config)
+    if directory := place if place.is_dir() else snapshot(name):
+        yield from _files(what, directory, config, whole=place.is_dir())
 
 
 def _bad_name(name: str, place: Path) -> Check | None:
@@ -184,15 +189,6 @@ def _adapter(what: str, file: Path) -> Check:
 def _kind(what: str, config: dict[str, Any], uses: list[Use]) -> Iterator[Check]:
     family = config.get("model_type")
     own_code = uses[0].settings.trust_remote_code and "auto_map" in config
-    if not isinstance(family, str) or not family:
-        found = "its config.json names no model_type"
-        yield Check(what, "FAIL", found, "", "give a Hugging Face model directory")
-        return
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-        found = f"its weights are quantised ({method or 'quantization_config'})"
-        remedy = "give the model that it was made from: quantised weights cannot be trained"
-        yield Check(what, "FAIL", found, "weights in 16 or 32 bits", remedy)
     for use in uses:
         known = families_with(use.table)
         if known is None or own_code or family in known:
@@ -219,36 +215,20 @@ def _positions(what: str, config: dict[str, Any], uses: list[Use]) -> Iterator[C
             yield Check(what, "FAIL", found, needed, remedy, BAD_SETTING)
 
 
-def _files(what: str, place: Path, config: dict[str, Any]) -> Iterator[Check]:
-    """Weights and a tokenizer, both whole as far as a glance tells."""
-    weights = [file for pattern in _WEIGHTS for file in sorted(place.glob(pattern))]
-    if not weights:
-        needed = "model.safetensors (or its shards), or pytorch_model.bin"
-        yield Check(what, "FAIL", "no weights in the directory", needed, "copy all of its files")
-    for file in weights[:1]:
-        with file.open("rb") as stream:
-            if stream.read(len(_POINTER)) == _POINTER:
-                found = f"{file.name} is a Git LFS pointer, not the weights"
-                yield Check(what, "FAIL", found, "", f"`git lfs pull` in {place}")
-    if not any((place / name).is_file() for name in _TOKENIZERS) and not list(place.glob("*.gguf")):
-        needed = f"one of {', '.join(_TOKENIZERS)}"
-        remedy = "copy the tokenizer's files beside the weights"
-        yield Check(what, "FAIL", "no tokenizer in the directory", needed, remedy)
-    yield from _vocabulary(what, place / "tokenizer.json", config)
+def _files(what: str, place: Path, config: dict[str, Any], whole: bool) -> Iterator[Check]:
+    """Weights and a tokenizer. `whole`: what is absent will not come from a hub."""
+    for fault in (*tokenizer_faults(place, config), *weight_faults(place, config)):
+        yield _of_fault(what, fault)
+    if (
+        not whole
+        or any((place / name).is_file() for name in TOKENIZERS)
+        or any(place.glob("*.gguf"))
+    ):
+        return
+    needed = f"one of {', '.join(TOKENIZERS)}"
+    remedy = "copy the tokenizer's files beside the weights"
+    yield Check(what, "FAIL", "no tokenizer in the directory", needed, remedy)
 
 
-def _vocabulary(what: str, file: Path, config: dict[str, Any]) -> Iterator[Check]:
-    """Added tokens get rows of their own; the tokens of the vocabulary itself must have some."""
-    rows = config.get("vocab_size")
-    if not file.is_file() or file.stat().st_size > _LARGE_TOKENIZER or not isinstance(rows, int):
-        return
-    try:
-        content = json.loads(file.read_bytes())
-        tokens = len(content["model"]["vocab"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        found = f"{file.name} cannot be read ({type(error).__name__})"
-        yield Check(what, "FAIL", found, "a tokenizer of Hugging Face's", "copy the file again")
-        return
-    if tokens > rows:
-        found = f"its tokenizer has {tokens:,} tokens, its embeddings have {rows:,} rows"
-        yield Check(what, "FAIL", found, "", "give the tokenizer that belongs to this model")
+def _of_fault(what: str, fault: Fault) -> Check:
+    return Check(what, "FAIL", fault.found, fault.rule, fault.remedy)

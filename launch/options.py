@@ -15,7 +15,7 @@ from launch.commands import overview
 from launch.spec import PROJECT_ROOT
 from rlhf.config.keys import Key, leaves, nearest, parse_value
 from rlhf.config.load import load_config, parse_overrides
-from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials
+from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials, refuse_long
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
 from rlhf.stages import STAGES, Stage, chosen, pipeline_of
@@ -362,7 +362,8 @@ def model_name(name: str | None) -> str | None:
     """A model as given on the command line, in its one form."""
     if name is None:
         return None
-    return absolute_if_local(refuse_credentials(expand_size(name), "a model"))
+    name = refuse_long(expand_size(name), "a model")
+    return absolute_if_local(refuse_credentials(name, "a model"))
 
 
 def find_recipe(given: str | None, actor_model: str | None) -> Path | None:
@@ -371,6 +372,7 @@ def find_recipe(given: str | None, actor_model: str | None) -> Path | None:
     """
     if given is None:
         return None if actor_model and not actor_model.startswith("tiny:") else DEFAULT_RECIPE
+    refuse_long(given, "--config")
     places = [Path(given).expanduser(), PROJECT_ROOT / given, RECIPES / f"{given}.yaml"]
     for place in places:
         if place.is_file():

@@ -16,7 +16,14 @@ from pydantic import ValidationError
 from rlhf.config.explain import explain
 from rlhf.config.keys import lookup, parse_value, sections, unknown_key
 from rlhf.config.migrate import without_removed
-from rlhf.config.names import expand_size, normalize_endpoint, refuse_credentials
+from rlhf.config.names import (
+    LONGEST_OUTPUT,
+    LONGEST_RUN,
+    expand_size,
+    normalize_endpoint,
+    refuse_credentials,
+    refuse_long,
+)
 from rlhf.config.schema import RunConfig
 from rlhf.config.trees import flatten, merge, nest
 from rlhf.errors import ConfigError
@@ -27,6 +34,9 @@ MODEL_NAMES = (
     "step3.actor.model.name",
     "step3.critic.model.name",
 )
+
+# How the names of settings that are paths end.
+_OF_PATHS = ("_dir", "_path", "file", "_config")
 
 
 class _Loader(yaml.SafeLoader):
@@ -155,16 +165,22 @@ def build_config(tree: Mapping[str, Any], origins: Mapping[str, str] | None = No
 
 
 def normalize(config: RunConfig) -> RunConfig:
-    """Bare sizes become names, the endpoint loses its slashes, passwords in URLs are refused."""
+    """Bare sizes become names, the endpoint loses its slashes, passwords in URLs and names that no
+    file system takes are refused."""
     changes: dict[str, Any] = {}
     flat = flatten(config.model_dump(exclude_unset=True))
     for name in MODEL_NAMES:
         if value := flat.get(name):
-            changes[name] = refuse_credentials(expand_size(value), name)
+            changes[name] = refuse_credentials(refuse_long(expand_size(value), name), name)
     if "hub.endpoint" in flat:
         changes["hub.endpoint"] = normalize_endpoint(flat["hub.endpoint"])
     for path in config.data.path:
-        refuse_credentials(path, "data.path")
+        refuse_credentials(refuse_long(path, "data.path"), "data.path")
+    refuse_long(config.name, "name (--name)", name=LONGEST_RUN)
+    refuse_long(config.output_dir, "output_dir (--output-dir)", path=LONGEST_OUTPUT)
+    for name, value in flat.items():
+        if isinstance(value, str) and name.endswith(_OF_PATHS):
+            refuse_long(value, name)
     return with_values(config, changes)
 
 

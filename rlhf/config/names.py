@@ -16,7 +16,32 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_DATASET = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*|(?!:)))(:[\w.-]+)?(@[\w./-]+)?"
 )
+# Bytes: Linux' limits for a name and a path, less what a run adds to its own (seeds, temporary
+# files, artifacts inside it).
+LONGEST_NAME, LONGEST_PATH, LONGEST_RUN, LONGEST_OUTPUT = 255, 4095, 200, 3500
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+
+
+def refuse_long(
+    text: str, setting: str, *, name: int = LONGEST_NAME, path: int = LONGEST_PATH
+) -> str:
+    """`text`, unless as a path it, or a name in it, has more bytes than file systems take.
+
+    URLs pass: signed ones are long. Raises ConfigError.
+    """
+    if "://" in text:
+        return text
+    raw = text.encode("utf-8", "surrogatepass")
+    longest = max(map(len, raw.split(b"/")))
+    if longest > name:
+        found, rule = f"a name of {longest} bytes", f"at most {name}"
+    elif len(raw) > path:
+        found, rule = f"a path of {len(raw)} bytes", f"at most {path}"
+    else:
+        return text
+    raise ConfigError(
+        f"{setting} = {text[:40]!r}...: {found} (needed: {rule}) -> choose a shorter one"
+    )
 
 
 def expand_size(name: str) -> str:
@@ -27,6 +52,7 @@ def expand_size(name: str) -> str:
 
 def absolute_if_local(name: str) -> str:
     """A name that is an existing path becomes absolute, so that it means the same anywhere."""
+    refuse_long(name, "a path")
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
 

@@ -155,6 +155,7 @@ def section_of(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """What of a configuration decides a step's result: its own section, the data and the seed."""
     flat = flatten({key: config.get(key, {}) for key in (stage.section, "data", "seed")})
     flat.pop("data.cache_dir", None)
+    flat = {name: v for name, v in flat.items() if not name.startswith("data.limits.")}
     # How a trained policy is evaluated is no part of it, and evaluation can be repeated.
     return nest({key: v for key, v in flat.items() if not key.startswith(f"{stage.section}.eval.")})
 

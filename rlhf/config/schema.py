@@ -12,6 +12,7 @@ from pydantic import field_validator, model_validator
 
 from rlhf import stages
 from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
+from rlhf.config.limits import LimitsConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.rows import RowsConfig
 from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
@@ -62,6 +63,7 @@ class DataConfig(RowsConfig):
     max_bad_rows: NonNegative = doc(
         100, "More unusable rows than this stop the run; each is counted and located."
     )
+    limits: LimitsConfig = doc(LimitsConfig, "More data than this is refused.")
     cache_dir: str | None = doc(
         None, "Tokenised data; default `~/.cache/rlhf/data` (or $RLHF_CACHE/data)."
     )

@@ -195,9 +195,13 @@ def _notes(sets: Sequence[DataSet]) -> list[str]:
     return [note for one in sets for note in one.notes]
 
 
+# Which files are read, and how much at most: what they hold has a fingerprint.
+_NOT_CONTENT = {"hub_split", "hub_eval_split", "limits"}
+
+
 def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[DataSet]) -> str:
     data = request.data.model_dump(
-        exclude={"path", "template", "cache_dir", "max_bad_rows", "hub_split", "hub_eval_split"}
+        exclude={"path", "template", "cache_dir", "max_bad_rows", *_NOT_CONTENT}
     )
     settings = {
         "format": FORMAT_VERSION,

@@ -204,12 +204,14 @@ def load_causal(
         vocab_size: the tokenizer's; embeddings grow to it if it added tokens.
         dropout: False sets every dropout to 0, as step 3 needs.
     """
-    with explain_load_errors(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    trusted = settings.trust_remote_code
+    with explain_load_errors(name, "weights", trusted=trusted):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     refuse_kernels(name, config, settings)
     if not dropout:
         no_dropout(config)
-    with explain_load_errors(name), sharded_loading(engine, dtype=dtype):
+    shards = sharded_loading(engine, dtype=dtype)
+    with explain_load_errors(name, "weights", trusted=trusted), shards:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, output_loading_info=True, **load_arguments(settings, dtype)
         )

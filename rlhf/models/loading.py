@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from rlhf.config.schema import ModelConfig
-from rlhf.errors import ConfigError, RequirementError
+from rlhf.errors import ConfigError, RequirementError, UserError
+from rlhf.plan.files import Part, model_faults
+from rlhf.plan.read import snapshot
 
 
 def choose_dtype(wanted: str) -> str:
@@ -76,12 +77,35 @@ def check_complete(name: str, info: Any, *, may_lack: str = "no key") -> None:
         )
 
 
+def refuse_broken(name: str, part: Part, *, trusted: bool) -> None:
+    """Raises RequirementError for files of a model that are broken, before anything is built.
+
+    Looked at is a directory, or what of a hub id is in the local cache already. `trusted`: the
+    Python files that it brings may run. Errors say file, key, value and rule.
+    """
+    place = Path(name).expanduser() if Path(name).expanduser().is_dir() else snapshot(name)
+    if place is None or not (place / "config.json").exists():
+        return
+    if faults := model_faults(place, part, own_code=trusted):
+        raise RequirementError(f"model {name!r}: {faults[0].line()}")
+
+
 @contextmanager
-def explain_load_errors(name: str) -> Iterator[None]:
-    """Turns the libraries' load errors into what the user can do about them."""
+def explain_load_errors(name: str, part: Part, *, trusted: bool) -> Iterator[None]:
+    """Refuses broken files, and turns the libraries' load errors into what the user can do.
+
+    A hub's files are there only after the loading began, so they are looked at again after it
+    failed. What DeepSpeed and torch raise (RuntimeError: no memory) passes.
+    """
+    refuse_broken(name, part, trusted=trusted)
     try:
         yield
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, RecursionError):
+            raise
+        refuse_broken(name, part, trusted=trusted)
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RequirementError(

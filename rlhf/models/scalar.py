@@ -17,6 +17,7 @@ from rlhf.models.loading import (
     check_complete,
     explain_load_errors,
     load_arguments,
+    refuse_broken,
     refuse_kernels,
 )
 
@@ -100,10 +101,11 @@ def load_scalar(
     Raises:
         RequirementError: the source has no trained scalar head but one is needed.
     """
-    with explain_load_errors(name):
+    with explain_load_errors(name, "weights", trusted=settings.trust_remote_code):
         config = AutoConfig.from_pretrained(
             name, num_labels=1, trust_remote_code=settings.trust_remote_code
         )
+        refuse_broken(name, "weights", trusted=settings.trust_remote_code)  # a hub's came just now
         refuse_kernels(name, config, settings)
         if not dropout:
             no_dropout(config)

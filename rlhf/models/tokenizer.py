@@ -21,7 +21,7 @@ def load_tokenizer(name: str, *, template: str | None, trust_remote_code: bool =
     needs; our own batches do not use its padding. Raises RequirementError: it cannot be read, or
     has no tokenizer.json.
     """
-    with explain_load_errors(name):
+    with explain_load_errors(name, "tokenizer", trusted=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise RequirementError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.hub_cache import cache_directory
-from rlhf.errors import ConfigError, RequirementError
+from rlhf.errors import RequirementError
 from rlhf.families import TINY_VOCAB, ModelShape, tiny_settings
+from rlhf.plan.files.fault import Fault, read_object
 from rlhf.plan.gguf import gguf_config
 from rlhf.plan.known import known_config
 from rlhf.plan.shapes import shape_of
@@ -35,8 +35,8 @@ def read_config(name: str) -> dict[str, Any]:
         return gguf_config(path)
     if path.is_dir():
         return _json(path / "config.json")
-    cached = _in_hub_cache(name)
-    found = _json(cached) if cached else known_config(name)
+    cached = snapshot(name)
+    found = _json(cached / "config.json") if cached else known_config(name)
     if found is None:
         raise RequirementError(
             f"model {name!r}: its configuration is neither on this machine nor among the known "
@@ -47,7 +47,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 def is_known(name: str) -> bool:
     """Can a hub id's configuration be had without the network?"""
-    return _in_hub_cache(name) is not None or known_config(name) is not None
+    return snapshot(name) is not None or known_config(name) is not None
 
 
 def tiny_config(family: str) -> dict[str, Any]:
@@ -56,14 +56,9 @@ def tiny_config(family: str) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RequirementError(f"{path}: no such file, so the model cannot be planned") from error
-    except (OSError, ValueError) as error:
-        raise RequirementError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
+    content = read_object(path)
+    if isinstance(content, Fault):
+        raise RequirementError(f"{path.parent}/{content.line()}")
     return content
 
 
@@ -85,7 +80,13 @@ def _in_package(name: str) -> Path:
     return files[0]
 
 
-def _in_hub_cache(name: str) -> Path | None:
+def snapshot(name: str) -> Path | None:
+    """The directory of a hub id in the local hub cache: of the branch `main`, else the newest."""
     folder = cache_directory() / ("models--" + name.replace("/", "--"))
-    found = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
+    main = folder / "refs/main"
+    if main.is_file():
+        found = folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+        if (found / "config.json").is_file():
+            return found
+    configs = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
+    return configs[-1].parent if configs else None

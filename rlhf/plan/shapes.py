@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rlhf.errors import ConfigError
 from rlhf.families import FAMILIES, Config, ModelShape
+from rlhf.plan.files.config import size_faults
 
 
 def shape_of(config: Config, name: str = "the model") -> ModelShape:
@@ -13,7 +14,8 @@ def shape_of(config: Config, name: str = "the model") -> ModelShape:
 
     Raises ConfigError: a family whose shape is not known, or a configuration without its sizes.
     """
-    config = config.get("text_config") or config
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) and inner else config
     model_type = str(config.get("model_type", ""))
     family = FAMILIES.get(model_type)
     if family is None or family.shape is None:
@@ -21,13 +23,10 @@ def shape_of(config: Config, name: str = "the model") -> ModelShape:
             f"{name}: the planner does not know the model type {model_type!r}; it knows "
             f"{', '.join(planned_families())}"
         )
+    if faults := size_faults(config):
+        raise ConfigError(f"{name}: {faults[0].line()}")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float16")
-    try:
-        return replace(family.shape(config), stored=4 if stored.endswith("float32") else 2)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"{name}: its config.json lacks or garbles a size of a {model_type} model: {error}"
-        ) from error
+    return replace(family.shape(config), stored=4 if stored.endswith("float32") else 2)
 
 
 def planned_families() -> list[str]:

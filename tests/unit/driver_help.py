@@ -199,7 +199,9 @@ def write_model(directory: Path, **changes: Any) -> Path:
         "intermediate_size": 8, "vocab_size": 4, "max_position_embeddings": 512, **changes,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors").write_bytes(b"weights")
+    header = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    weights = len(header).to_bytes(8, "little") + header + bytes(4)
+    (directory / "model.safetensors").write_bytes(weights)
     (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
     return directory
 

@@ -11,6 +11,7 @@ from rlhf.data.sources.base import BadRow, DataSet, Part, Row
 from rlhf.data.sources.files import READERS, open_local, open_url
 from rlhf.data.sources.http import open_http
 from rlhf.data.sources.hub import open_hub
+from rlhf.data.sources.limits import limited
 from rlhf.data.sources.sample import open_sample
 
 __all__ = ["SOURCES", "BadRow", "DataSet", "Part", "Row", "gathered", "kind_of", "open_data_sets"]
@@ -44,7 +45,9 @@ def open_data_sets(data: DataConfig) -> list[DataSet]:
     So `train.jsonl test.jsonl` mean the same as their folder. The result is ordered by content:
     the order of the paths changes nothing. Raises DataError for a path that cannot be opened.
     """
-    return gathered((SOURCES[kind_of(path)](path, data) for path in data.path), data)
+    counts: dict[str, int] = {}
+    opened = (SOURCES[kind_of(path)](path, data) for path in data.path)
+    return gathered((limited(one, data.limits, counts) for one in opened), data)
 
 
 def gathered(opened: Iterable[DataSet], data: DataConfig) -> list[DataSet]:

@@ -19,9 +19,11 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from rlhf.config.limits import LimitsConfig
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, Part, Row, as_data_error
 from rlhf.data.sources.formats import READERS
+from rlhf.data.sources.limits import check_rows, in_file
 from rlhf.data.sources.listing import left_out_note, listed, refuse_broken_link, why_left_out
 from rlhf.data.sources.packed import compression_of, unpacked
 from rlhf.errors import DataError
@@ -38,7 +40,7 @@ KNOWN = ", ".join(READERS)
 
 def open_local(path: str, data: DataConfig) -> DataSet:
     """Open a file or directory. DataError: absent, not a regular file, nothing readable in it."""
-    return _open(LocalFileSystem(), os.path.abspath(os.path.expanduser(path)), path)
+    return _open(LocalFileSystem(), os.path.abspath(os.path.expanduser(path)), path, data)
 
 
 def open_url(path: str, data: DataConfig) -> DataSet:
@@ -46,17 +48,17 @@ def open_url(path: str, data: DataConfig) -> DataSet:
     remedy = "check the URL; protocols such as s3:// need their package (s3fs) and credentials"
     with as_data_error(path, remedy):
         fs, root = fsspec.core.url_to_fs(path)
-        return _open(fs, root, path)
+        return _open(fs, root, path, data)
 
 
-def _open(fs: Any, root: str, shown: str) -> DataSet:
+def _open(fs: Any, root: str, shown: str, data: DataConfig) -> DataSet:
     with as_data_error(shown, _REMEDY):
         if isinstance(fs, LocalFileSystem):
             refuse_broken_link(root)
         if not fs.exists(root):
             raise DataError(f"data path {shown!r}: no such file or directory; check data.path")
         if not fs.isdir(root):
-            return _single(fs, root, shown)
+            return _single(fs, root, shown, data)
         files = listed(fs, root)
     prefix = root.rstrip("/") + "/"
     roles: dict[str, str] = {}
@@ -75,11 +77,11 @@ def _open(fs: Any, root: str, shown: str) -> DataSet:
     if not roles:
         why = f"no file there ends in one of {KNOWN}"
         raise DataError("; ".join([f"data path {shown!r}: {why}", *notes]))
-    parts = tuple(_part(fs, name, role != "train") for name, role in roles.items())
+    parts = tuple(_part(fs, name, role != "train", data) for name, role in roles.items())
     return DataSet(prefix, parts, notes)
 
 
-def _single(fs: Any, root: str, shown: str) -> DataSet:
+def _single(fs: Any, root: str, shown: str, data: DataConfig) -> DataSet:
     local = isinstance(fs, LocalFileSystem)
     if not (os.path.isfile(root) if local else fs.info(root)["type"] in ("file", "link")):
         raise DataError(
@@ -89,7 +91,7 @@ def _single(fs: Any, root: str, shown: str) -> DataSet:
     folder, _, name = root.rpartition("/")
     if suffix_of(name) not in READERS:
         raise DataError(f"data path {shown!r}: its name must end in one of {KNOWN}")
-    return DataSet(folder + "/", (_part(fs, root, role_of(name) != "train"),))
+    return DataSet(folder + "/", (_part(fs, root, role_of(name) != "train", data),))
 
 
 def _readable(name: str) -> bool:
@@ -111,24 +113,37 @@ def role_of(relative: str) -> str:
     return "validation" if any(_VALIDATION.match(name) for name in names) else "train"
 
 
-def _part(fs: Any, name: str, held_out: bool) -> Part:
+def _part(fs: Any, name: str, held_out: bool, data: DataConfig) -> Part:
     shown = name if isinstance(fs, LocalFileSystem) else redact(fs.unstrip_protocol(name))
     with as_data_error(shown, _REMEDY), fs.open(name, "rb") as stream:
-        fingerprint, packed = looked_over(stream, suffix_of(name), shown)
-    rows = functools.partial(_rows, fs, name, shown, packed)
+        fingerprint, packed = looked_over(stream, suffix_of(name), shown, data.limits)
+    rows = functools.partial(_rows, fs, name, shown, packed, data.limits)
     return Part(shown, held_out, fingerprint, rows)
 
 
-def looked_over(stream: Any, suffix: str, shown: str) -> tuple[str, str | None]:
-    """Hash of a file's content and format, and its compression. DataError: `compression_of`'s."""
+def looked_over(
+    stream: Any, suffix: str, shown: str, limits: LimitsConfig
+) -> tuple[str, str | None]:
+    """Hash of a file's content and format, and its compression.
+
+    DataError: `compression_of`'s; more bytes, or more lines of one row each, than the limits.
+    """
     first = stream.read(1 << 20)
     packed = compression_of(first, shown)
     digest = hashlib.sha256(suffix.encode() + first)
+    size, rows = len(first), first.count(b"\n")
     for block in iter(functools.partial(stream.read, 1 << 20), b""):
         digest.update(block)
+        size, rows = size + len(block), rows + block.count(b"\n")
+        in_file(shown, size, limits, "in it")
+    if suffix in (".jsonl", ".ndjson") and packed is None:
+        check_rows(shown, rows, limits)
     return digest.hexdigest(), packed
 
 
-def _rows(fs: Any, name: str, shown: str, packed: str | None) -> Iterator[tuple[str, Row | BadRow]]:
+def _rows(
+    fs: Any, name: str, shown: str, packed: str | None, limits: LimitsConfig
+) -> Iterator[tuple[str, Row | BadRow]]:
     with as_data_error(shown, _REMEDY), fs.open(name, "rb") as stream:
-        yield from READERS[suffix_of(name)](unpacked(stream, packed, shown), shown)
+        content = unpacked(stream, packed, shown, limits)
+        yield from READERS[suffix_of(name)](content, shown, limits)

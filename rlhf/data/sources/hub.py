@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.config.names import DEFAULT_ENDPOINT
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources.base import BadRow, DataSet, Part, Row, as_data_error
+from rlhf.data.sources.limits import check_rows
 from rlhf.errors import DataError
 
 _ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
@@ -39,6 +40,8 @@ def open_hub(path: str, data: DataConfig) -> DataSet:
         raise DataError(
             f"{path}: no split {data.hub_split!r}; it has {splits}: set data.hub_split to one"
         )
+    for split in {data.hub_split, data.hub_eval_split} & set(loaded):
+        check_rows(f"{path}[{split}]", len(loaded[split]), data.limits)
     parts = [_part(path, data.hub_split, False, loaded[data.hub_split])]
     held_out = data.hub_eval_split
     if held_out and held_out != data.hub_split and held_out in loaded:

@@ -10,10 +10,14 @@ import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from rlhf.config.limits import LimitsConfig
+from rlhf.data.sources.limits import Counted
 from rlhf.errors import DataError
 
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
-_BLOCK = 1 << 16
+# One Zstandard block of 4 bytes can stand for 128 KiB: so much of a file gives 32 MB at most.
+_BLOCK = 1 << 10
+_ZSTD_WINDOW = 1 << 27  # what the command-line tool takes without a flag
 
 # RFC 1952; the formats' own documents for the others. Zstandard's second is a skippable frame.
 _FIRST_BYTES: dict[str, re.Pattern[bytes]] = {
@@ -40,11 +44,16 @@ def compression_of(first: bytes, shown: str) -> str | None:
     return found
 
 
-def unpacked(stream: Any, compression: str | None, shown: str) -> BinaryIO:
-    """The stream's content without its compression; it raises where the file is cut."""
+def unpacked(stream: Any, compression: str | None, shown: str, limits: LimitsConfig) -> BinaryIO:
+    """The stream's content without its compression; it raises where the file is cut, and DataError
+    where more comes out than `limits.file_gb`."""
+    if compression is None:
+        return stream
     if compression == "zstd":
-        return io.BufferedReader(_Zstandard(stream, shown))
-    return _OPENERS[compression](stream) if compression else stream
+        found: Any = _Zstandard(stream, shown)
+    else:
+        found = _OPENERS[compression](stream)
+    return io.BufferedReader(Counted(found, limits, shown), 1 << 16)
 
 
 _OPENERS: dict[str, Callable[[Any], Any]] = {
@@ -70,7 +79,7 @@ class _Zstandard(io.RawIOBase):
 
     def __init__(self, stream: Any, shown: str) -> None:
         self._stream = stream
-        self._new = _zstandard(shown).ZstdDecompressor().decompressobj
+        self._new = _zstandard(shown).ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
         self._frame: Any = None  # None between frames
         self._raw, self._out = b"", b""
 
