@@ -45,7 +45,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "--exclude": ("launch.exclude",),
     "--forward": ("launch.forward",),
     "--preflight": ("launch.preflight",),
-    "--actor-zero-stage": ("step1.engine.zero_stage", "step3.actor.engine.zero_stage"),
+    "--actor-zero-stage": (
+        "step1.engine.zero_stage",
+        "dpo.engine.zero_stage",
+        "step3.actor.engine.zero_stage",
+    ),
     "--reward-zero-stage": ("step2.engine.zero_stage", "step3.critic.engine.zero_stage"),
     "--hf-endpoint": ("hub.endpoint",),
     "--data-path": ("data.path",),

@@ -43,7 +43,7 @@ class Stage:
     """The kind of its artifact."""
     rows: Rows
     """What it reads of the data: answers to imitate, pairs to compare, or prompts alone."""
-    share: int
+    shares: tuple[int, ...]
     """Which of data.split's shares it trains on, counted from 1."""
     section: str
     """Its part of the configuration."""
@@ -94,7 +94,7 @@ SFT = Stage(
     folder="step1_sft",
     makes="sft",
     rows="answers",
-    share=1,
+    shares=(1,),
     section="step1",
     models=("step1",),
     batch="step1.train.batch_size",
@@ -112,7 +112,7 @@ REWARD = Stage(
     folder="step2_reward",
     makes="reward",
     rows="pairs",
-    share=2,
+    shares=(2,),
     section="step2",
     models=("step2",),
     batch="step2.train.batch_size",
@@ -131,6 +131,34 @@ REWARD = Stage(
     },
     model_from={"step2.model.name": "sft"},
 )
+DPO = Stage(
+    name="dpo",
+    number=2,
+    title="DPO",
+    folder="step2_dpo",
+    makes="dpo",
+    rows="pairs",
+    shares=(2, 3),
+    section="dpo",
+    models=("dpo",),
+    batch="dpo.train.batch_size",
+    micro_batch="dpo.train.micro_batch_size",
+    zero_flag="--actor-zero-stage",
+    needs=(Need("sft", named_by="dpo.model.name"),),
+    measured="accuracy",
+    curves=(
+        ("eval/accuracy", "accuracy, held out"),
+        ("train/loss", "loss"),
+        ("train/chosen_reward", "reward of chosen"),
+        ("train/rejected_reward", "reward of rejected"),
+    ),
+    inherits={
+        "dpo.max_prompt_length": ("sft", "step1.max_prompt_length"),
+        "dpo.max_length": ("sft", "step1.max_length"),
+        "data.template": ("sft", "data.template"),
+    },
+    model_from={"dpo.model.name": "sft"},
+)
 PPO = Stage(
     name="ppo",
     number=3,
@@ -138,7 +166,7 @@ PPO = Stage(
     folder="step3_ppo",
     makes="ppo",
     rows="prompts",
-    share=3,
+    shares=(3,),
     section="step3",
     models=("step3.actor", "step3.critic"),
     batch="step3.rollout.prompts",
@@ -163,7 +191,7 @@ PPO = Stage(
     },
     model_from={"step3.actor.model.name": "sft", "step3.critic.model.name": "reward"},
 )
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (SFT, REWARD, PPO)}
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (SFT, REWARD, DPO, PPO)}
 DEFAULT_PIPELINE = ("sft", "reward", "ppo")
 
 

@@ -1,14 +1,16 @@
-"""The loop that steps 1 and 2 share: epochs of optimiser steps over planned batches."""
+"""What stages share that train on the data's own answers: rows, batches, and the loop of epochs of
+optimiser steps over planned batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from rlhf import track
+from rlhf import data, track
 from rlhf.config.schema import TrainConfig
 from rlhf.data import StageData
+from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.harness import StepRun
 from rlhf.resume import Keeper
@@ -16,6 +18,7 @@ from rlhf.stragglers import Stragglers
 
 Figures = dict[str, float]  # what was measured; an evaluation on no rows has none
 COUNTS = ("tokens", "pairs")
+SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 Plans = list[list[list[list[int]]]]  # epoch -> optimiser step -> this rank's micro-batches of rows
 
 
@@ -23,6 +26,59 @@ def planned_steps(plans: Plans, settings: TrainConfig) -> int:
     """Optimiser steps of all epochs, at most `max_steps`."""
     total = sum(len(plan) for plan in plans)
     return min(total, settings.max_steps or total)
+
+
+def read_rows(
+    run: StepRun, settings: Any, tokenizer: Any, split: Literal["train", "eval"], **how: Any
+) -> StageData:
+    """A stage's rows, and how they were read on the console. Collective.
+
+    `settings`: the stage's, for lengths, which are inherited where they were left unset; `how`:
+    more of `rlhf.data.prepare`'s arguments.
+    """
+    with comm.rank_zero_first():
+        rows = data.prepare(
+            run.config.data,
+            run.stage,
+            tokenizer,
+            seed=run.config.seed,
+            max_prompt_length=settings.max_prompt_length,
+            max_length=settings.max_length,
+            split=split,
+            **how,
+        )
+    for line in rows.lines(split):
+        run.say(line)
+    return rows
+
+
+def plan_epochs(
+    run: StepRun,
+    settings: TrainConfig,
+    dataset: Any,
+    world: int,
+    *,
+    sides: int = 1,
+    groups: Any = None,
+) -> Plans:
+    """This rank's batches of all epochs. `sides`: rows of a batch for each row of the data;
+    `groups`: as in `rlhf.data.plan_batches`."""
+    tokens = settings.micro_batch_tokens
+    if tokens is not None:
+        tokens = max(tokens // sides, 1)
+    return [
+        data.plan_batches(
+            data.row_lengths(dataset),
+            batch_size=settings.batch_size,
+            micro_batch_size=data.Budget(settings.micro_batch_size, tokens),
+            rank=run.rank,
+            world_size=world,
+            seed=run.config.seed,
+            epoch=epoch,
+            groups=groups,
+        )
+        for epoch in range(settings.epochs)
+    ]
 
 
 def provenance(rows: dict[str, StageData]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,7 +14,16 @@ from rlhf.data.batches import SFTBatch
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.harness import StepRun, run_step
-from rlhf.supervised import Plans, Supervised, card_lines, planned_steps, provenance
+from rlhf.supervised import (
+    SPLITS,
+    Plans,
+    Supervised,
+    card_lines,
+    plan_epochs,
+    planned_steps,
+    provenance,
+    read_rows,
+)
 
 MAX_EXPONENT = math.log(sys.float_info.max)
 
@@ -36,7 +45,11 @@ def main(run: StepRun) -> None:
         with comm.rank_zero_first():
             template = data.choose_template(tokenizer, run.config.data)
         run.say(f"chat template: {template.sentence}")
-        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
+        column = settings.response_column
+        rows: dict[str, data.StageData] = {
+            split: read_rows(run, settings, tokenizer, split, response_column=column)
+            for split in SPLITS
+        }
 
     with run.phase("load the base model"):
         dtype = models.choose_dtype(settings.model.dtype)
@@ -53,7 +66,7 @@ def main(run: StepRun) -> None:
         run.say(models.describe(model, dtype))
 
     with run.phase("train"):
-        plans = _plans(run, rows["train"].dataset, world)
+        plans = plan_epochs(run, settings.train, rows["train"].dataset, world)
         total = planned_steps(plans, settings.train)
         engine = TrainEngine(model, settings.engine, settings.optim, dtype=dtype, total_steps=total)
         work = supervised(run, engine, rows, plans, tokenizer.pad_token_id)
@@ -74,42 +87,6 @@ def main(run: StepRun) -> None:
             tokenizer_fingerprint=models.fingerprint(tokenizer),
         )
     comm.barrier()
-
-
-def _plans(run: StepRun, dataset: Any, world: int) -> Plans:
-    settings = run.config.step1
-    return [
-        data.plan_batches(
-            data.row_lengths(dataset),
-            batch_size=settings.train.batch_size,
-            micro_batch_size=data.Budget(
-                settings.train.micro_batch_size, settings.train.micro_batch_tokens
-            ),
-            rank=run.rank,
-            world_size=world,
-            seed=run.config.seed,
-            epoch=epoch,
-        )
-        for epoch in range(settings.train.epochs)
-    ]
-
-
-def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
-    settings = run.config.step1
-    with comm.rank_zero_first():
-        rows = data.prepare(
-            run.config.data,
-            run.stage,
-            tokenizer,
-            seed=run.config.seed,
-            max_prompt_length=settings.max_prompt_length,
-            max_length=settings.max_length,
-            response_column=settings.response_column,
-            split=split,
-        )
-    for line in rows.lines(split):
-        run.say(line)
-    return rows
 
 
 def supervised(

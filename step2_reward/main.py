@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,7 +17,16 @@ from rlhf.errors import ArtifactError
 from rlhf.evaluation.reward_metrics import pair_metrics
 from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
-from rlhf.supervised import Plans, Supervised, card_lines, planned_steps, provenance
+from rlhf.supervised import (
+    SPLITS,
+    Plans,
+    Supervised,
+    card_lines,
+    plan_epochs,
+    planned_steps,
+    provenance,
+    read_rows,
+)
 
 
 def main(run: StepRun) -> None:
@@ -30,7 +39,10 @@ def main(run: StepRun) -> None:
         with comm.rank_zero_first():
             template = data.choose_template(tokenizer, run.config.data)
         run.say(f"chat template: {template.sentence}")
-        rows = {"train": _rows(run, tokenizer, "train"), "eval": _rows(run, tokenizer, "eval")}
+        margins = settings.margin == "column"
+        rows: dict[str, data.StageData] = {
+            split: read_rows(run, settings, tokenizer, split, margins=margins) for split in SPLITS
+        }
 
     with run.phase("load the model to start from"):
         dtype = models.choose_dtype(settings.model.dtype)
@@ -49,7 +61,9 @@ def main(run: StepRun) -> None:
         run.say(models.describe(model, dtype))
 
     with run.phase("train"):
-        plans = _plans(run, rows["train"].dataset, world)
+        dataset = rows["train"].dataset
+        groups = dataset["prompt_key"] if settings.group_by_prompt else None
+        plans = plan_epochs(run, settings.train, dataset, world, sides=2, groups=groups)
         total = planned_steps(plans, settings.train)
         engine = TrainEngine(
             model,
@@ -108,46 +122,6 @@ def _base(run: StepRun) -> tuple[str, Any]:
                 "--reward-model to start from the actor, or name a model of the same family."
             )
     return base, tokenizer
-
-
-def _rows(run: StepRun, tokenizer: Any, split: Literal["train", "eval"]) -> Any:
-    settings = run.config.step2
-    assert settings.max_prompt_length is not None  # inherited when it was left unset
-    with comm.rank_zero_first():
-        rows = data.prepare(
-            run.config.data,
-            run.stage,
-            tokenizer,
-            seed=run.config.seed,
-            max_prompt_length=settings.max_prompt_length,
-            max_length=settings.max_length,
-            margins=settings.margin == "column",
-            split=split,
-        )
-    for line in rows.lines(split):
-        run.say(line)
-    return rows
-
-
-def _plans(run: StepRun, dataset: Any, world: int) -> Plans:
-    settings = run.config.step2
-    groups = dataset["prompt_key"] if settings.group_by_prompt else None
-    tokens = settings.train.micro_batch_tokens
-    if tokens is not None:
-        tokens = max(tokens // 2, 1)  # a pair is two rows
-    return [
-        data.plan_batches(
-            data.row_lengths(dataset),
-            batch_size=settings.train.batch_size,
-            micro_batch_size=data.Budget(settings.train.micro_batch_size, tokens),
-            rank=run.rank,
-            world_size=world,
-            seed=run.config.seed,
-            epoch=epoch,
-            groups=groups,
-        )
-        for epoch in range(settings.train.epochs)
-    ]
 
 
 def supervised(

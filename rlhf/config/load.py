@@ -31,6 +31,7 @@ from rlhf.errors import ConfigError
 MODEL_NAMES = (
     "step1.model.name",
     "step2.model.name",
+    "dpo.model.name",
     "step3.actor.model.name",
     "step3.critic.model.name",
 )

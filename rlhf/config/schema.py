@@ -206,6 +206,39 @@ class RewardConfig(Section):
         return _check_lengths(self)
 
 
+class DPOConfig(Section):
+    """DPO, in the place of reward model and PPO: `pipeline: [sft, dpo]`."""
+
+    model: ModelConfig = doc(ModelConfig, "The policy and its reference; unset name: step 1's.")
+    engine: EngineConfig = doc(EngineConfig, "DeepSpeed.")
+    optim: OptimConfig = doc(OptimConfig, "Optimiser.")
+    train: TrainConfig = doc(TrainConfig, "Batches and steps; a row is one pair.")
+    max_prompt_length: Positive | None = doc(None, "Unset: as in step 1.")
+    max_length: Positive | None = doc(None, "Unset: as in step 1.")
+    beta: float = doc(0.1, "How much of the KL to the reference counts; lower: further away.", gt=0)
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo"] = doc(
+        "sigmoid",
+        "`sigmoid`: DPO (arXiv 2305.18290); `sigmoid_norm`: by the answer's tokens, so that length "
+        "gains nothing (arXiv 2411.15124); `ipo` (arXiv 2310.12036), by tokens too.",
+    )
+    label_smoothing: float = doc(
+        0.0, "Share of the pairs that are taken to be labelled the wrong way round.", ge=0, lt=0.5
+    )
+
+    @model_validator(mode="after")
+    def _lengths(self) -> DPOConfig:
+        return _check_lengths(self)
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> DPOConfig:
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} is for the losses sigmoid and "
+                "sigmoid_norm: ipo bounds what a wrong label can do by itself; set it to 0"
+            )
+        return self
+
+
 class RolloutConfig(Section):
     engine: Literal["continuous", "hybrid", "vllm"] = doc(
         "continuous",
@@ -340,7 +373,7 @@ class RunConfig(Section):
     seed: int = doc(1234, "Everything random derives from it.", ge=0, lt=2**31)
     pipeline: list[str] = doc(
         list(stages.DEFAULT_PIPELINE),
-        "The stages, in order, by name: `sft`, `reward`, `ppo` (rlhf/stages.py).",
+        "The stages, in order, by name: `sft`, `reward`, `ppo`; or `sft`, `dpo`.",
         min_length=1,
     )
     launch: LaunchConfig = doc(LaunchConfig, "Processes.")
@@ -348,6 +381,7 @@ class RunConfig(Section):
     data: DataConfig = doc(DataConfig, "Preference data.")
     step1: SFTConfig = doc(SFTConfig, "Supervised fine-tuning.")
     step2: RewardConfig = doc(RewardConfig, "Reward model.")
+    dpo: DPOConfig = doc(DPOConfig, "DPO, where the pipeline has it.")
     step3: RLConfig = doc(RLConfig, "PPO.")
     checkpoint: CheckpointConfig = doc(CheckpointConfig, "Checkpoints and resuming.")
     track: TrackConfig = doc(TrackConfig, "Metrics.")

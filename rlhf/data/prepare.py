@@ -209,7 +209,7 @@ def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[Dat
         "tokenizer": fingerprint(tokenizer),
         "template": encoder.template,
         "data": data,
-        "step": request.stage.number,
+        "rows": [request.stage.rows, *request.stage.shares],
         "seed": request.seed,
         "limits": [request.limits.prompt, request.limits.total],
         "response_column": request.response_column,
@@ -252,7 +252,7 @@ def _build(
         "report": report.to_dict(),
         "fingerprint": sha256(json.dumps(columns)),
         "held_out": vars(held_out),
-        "step": request.stage.number,
+        "stage": request.stage.name,
     }
     cache.store(root, key, columns, SCHEMAS[request.stage.rows], info)
 
@@ -313,7 +313,7 @@ def _select(
     brought = {row.sample.key for row in rows if row.held_out}
     wanted: Collection[str] = assigned.held_out
     if request.split == "train":
-        wanted = {key for key, share in assigned.shares.items() if share == request.stage.share}
+        wanted = {key for key, share in assigned.shares.items() if share in request.stage.shares}
     limit = data.max_eval_rows if request.split == "eval" else data.max_train_rows
     by_key: dict[str, list[Sample]] = {}
     for row in rows:

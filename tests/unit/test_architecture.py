@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ("step1_sft", "step2_reward", "step3_ppo")
+STEPS = ("step1_sft", "step2_reward", "step2_dpo", "step3_ppo")
 OURS = ("train", "launch", "rlhf", *STEPS)
 FILES = sorted(
     path

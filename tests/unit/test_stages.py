@@ -22,7 +22,7 @@ ROW = """
 from rlhf.stages import Need, Stage, register
 register(Stage(
     name="critic", number=4, title="judge of answers", folder="step4_judge", makes="judge",
-    rows="pairs", share=2, section="step2", models=("step2",),
+    rows="pairs", shares=(2,), section="step2", models=("step2",),
     batch="step2.train.batch_size", micro_batch="step2.train.micro_batch_size",
     zero_flag="--reward-zero-stage", needs=(Need("ppo"),), scalar=True, measured="accuracy",
     inherits={"step2.max_prompt_length": ("ppo", "step1.max_prompt_length"),
@@ -115,7 +115,7 @@ def test_a_pipeline_may_be_shorter(driver, tmp_path: Path) -> None:  # noqa: F81
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["sft", "dbo"], "no stage 'dbo': there are sft, reward, ppo"),
+        (["sft", "dbo"], "no stage 'dbo': there are sft, reward, dpo, ppo"),
         (["reward", "sft"], r"reward \(2\), sft \(1\): name one stage or more, each number once"),
         (["sft", "sft"], "each number once"),
         ([], "pipeline: nothing"),
