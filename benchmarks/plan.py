@@ -242,7 +242,8 @@ def make_model(described: str, where: str) -> None:
 def _adapted_reward(place: Path, tokenizer: Any) -> None:
     """Instead of the reward model there: the causal model's base with adapters."""
     from rlhf import models
-    from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
+    from rlhf.config.schema import EngineConfig, ModelConfig
+    from rlhf.config.training import LoraConfig
 
     shutil.rmtree(place / "reward")
     module = models.load_scalar(

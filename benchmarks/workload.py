@@ -110,7 +110,8 @@ def model_dirs(name: str, seed: int = 0) -> tuple[str, str]:
 def lora_reward(name: str, rank: int = 16) -> str:
     """A reward model as step 2 leaves it after training adapters on the policy."""
     from rlhf import models
-    from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
+    from rlhf.config.schema import EngineConfig, ModelConfig
+    from rlhf.config.training import LoraConfig
 
     policy, reward = model_dirs(name)
     path = Path(reward).parent / "lora_reward"

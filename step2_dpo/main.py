@@ -211,8 +211,10 @@ def evaluate(
         [[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in dataset.to_list()]
     )
     rewards = implicit_rewards(ratios, lengths, settings.beta, settings.loss)
-    columns = [column.tolist() for column in (*rewards.T, *lengths.T)]
-    found = pair_metrics(*columns, list(dataset["prompt_key"]))
+    chosen, rejected = rewards.T.tolist()
+    chosen_lengths, rejected_lengths = lengths.T.tolist()
+    prompts = list(dataset["prompt_key"])
+    found = pair_metrics(chosen, rejected, chosen_lengths, rejected_lengths, prompts)
     means = rewards.mean(dim=0).tolist()
     return found | {"chosen_reward": means[0], "rejected_reward": means[1]}
 

@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.guard import descendants, is_rank
-from rlhf.stages import STAGES
+from rlhf.stages import PPO, REWARD, SFT
 from rlhf.store import verify
 from rlhf.track import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-STEP_DIRS = {stage.number: stage.folder for stage in STAGES.values()}
+STEP_DIRS = {stage.number: stage.folder for stage in (SFT, REWARD, PPO)}
 SETTINGS = [
     "data.max_train_rows=400", "data.max_eval_rows=40", "track.trackers=[]",
     "step1.model.lora.rank=0", "step1.train.batch_size=8", "step1.train.micro_batch_size=4",

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (ALGORITHM.md 46): a policy's loss on pairs, without a reward
+"""Direct preference optimisation (ALGORITHM.md 39): a policy's loss on pairs, without a reward
 model. Sums over pairs with statistics, as in `rlhf.algo.losses`.
 """
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from rlhf.chat.speaker import Answer, Speaker
-from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
+from rlhf.config.schema import EngineConfig, ModelConfig
+from rlhf.config.training import LoraConfig
 from rlhf.errors import ArtifactError, RequirementError
 from rlhf.models import choose_dtype, fingerprint, last_values, load_scalar, load_tokenizer
 from rlhf.store import MANIFEST, verify

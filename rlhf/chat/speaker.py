@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 import torch
 
-from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig, RolloutConfig
+from rlhf.config.schema import EngineConfig, ModelConfig, RolloutConfig
+from rlhf.config.training import LoraConfig
 from rlhf.data.cutting import INSIDE, shortened
 from rlhf.data.templates import Messages, render
 from rlhf.data.tokenizers import Encoder

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rlhf.config.schema import LoraConfig
+from rlhf.config.training import LoraConfig
 from rlhf.engine.zero3 import gathered
 from rlhf.errors import ConfigError
 

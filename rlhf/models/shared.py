@@ -25,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rlhf.config.schema import LoraConfig, RLConfig
+from rlhf.config.schema import RLConfig
+from rlhf.config.training import LoraConfig
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import lora_config, merged_state, plain
 from rlhf.models.causal import CausalModel

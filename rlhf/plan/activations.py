@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.config.schema import LoraConfig
+from rlhf.config.training import LoraConfig
 from rlhf.families import FAMILIES, ModelShape, Saved
 from rlhf.plan.lora import adapted_layers, adapted_linears
 

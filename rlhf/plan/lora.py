@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rlhf.config.schema import LoraConfig
+from rlhf.config.training import LoraConfig
 from rlhf.families import Linear, ModelShape
 
 

@@ -206,9 +206,14 @@ def write_model(directory: Path, **changes: Any) -> Path:
     return directory
 
 
+def folders() -> dict[int, str]:
+    """Number of a stage -> its folder; of the default pipeline where several have that number."""
+    return {stage.number: stages.get(stage.number).folder for stage in stages.STAGES.values()}
+
+
 def write_scripts(root: Path, project: Path) -> None:
     """Fake step scripts below `root`, in the project's layout."""
-    dirs = {stage.number: stage.folder for stage in stages.STAGES.values()}
+    dirs = folders()
     for folder in dirs.values():
         (root / folder).mkdir(parents=True, exist_ok=True)
         text = SCRIPT.format(root=str(project), dirs=dirs)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from rlhf import data, models
-from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig, OptimConfig
+from rlhf.config.schema import EngineConfig, ModelConfig, OptimConfig
+from rlhf.config.training import LoraConfig
 from rlhf.engine import comm
 from rlhf.engine.train import TrainEngine
 from rlhf.models.tiny import build_tiny

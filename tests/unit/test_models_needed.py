@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.config.schema import LoraConfig
+from rlhf.config.training import LoraConfig
 from rlhf.models import causal, last_tokens
 from rlhf.models.adapters import add_adapters
 from rlhf.models.causal import CausalModel

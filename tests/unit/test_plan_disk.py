@@ -9,7 +9,8 @@ import pytest
 
 from rlhf import models
 from rlhf.config.load import load_config
-from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
+from rlhf.config.schema import EngineConfig, ModelConfig
+from rlhf.config.training import LoraConfig
 from rlhf.engine.checkpoint import save_engine
 from rlhf.plan.disk import StepDisk, needed, published, saved, step_disk
 from rlhf.plan.known import known_config

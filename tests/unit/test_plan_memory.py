@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.algo.algorithms import ALGORITHMS
 from rlhf.config.load import load_config
-from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig, RunConfig
+from rlhf.config.schema import EngineConfig, ModelConfig, RunConfig
+from rlhf.config.training import LoraConfig
 from rlhf.engine import config as engine_config
 from rlhf.families import TINY_FAMILIES, TINY_SIZE, tiny_settings
 from rlhf.models import attention, causal

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.config.schema import LoraConfig
+from rlhf.config.training import LoraConfig
 from rlhf.errors import ConfigError, RequirementError
 from rlhf.families import TINY_FAMILIES
 from rlhf.models.adapters import add_adapters

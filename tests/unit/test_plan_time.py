@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.load import load_config
-from rlhf.config.schema import EngineConfig, LoraConfig, ModelConfig
+from rlhf.config.schema import EngineConfig, ModelConfig
+from rlhf.config.training import LoraConfig
 from rlhf.errors import ConfigError
 from rlhf.families import tiny_settings
 from rlhf.plan import read

@@ -47,8 +47,7 @@ def run(driver, fourth: Stage, tmp_path: Path):  # noqa: F811
     folder = tmp_path / "steps" / fourth.folder
     folder.mkdir()
     root = str(Path(__file__).resolve().parents[2])
-    dirs = {stage.number: stage.folder for stage in STAGES.values()}
-    script = driver_help.SCRIPT.format(root=root, dirs=dirs)
+    script = driver_help.SCRIPT.format(root=root, dirs=driver_help.folders())
     imports, _, rest = script.partition("resolved = ")
     (folder / "main.py").write_text(f"{imports}{ROW}\nresolved = {rest}")
     return driver
