@@ -161,8 +161,6 @@ def _decode(parts: Parts) -> Iterator[str]:
             yield from table(
                 ["engine", "tokens/s", "ms a step", "of the memory's rate (weights alone)"], rows
             )
-    if any(f"decode-{size}" in parts for size in SIZES):
-        yield from ("No engine uses CUDA graphs.", "")
 
 
 def _memory(parts: Parts) -> list[str]:

@@ -94,7 +94,7 @@ def tests(found: Found) -> None:
 
 def kernels(found: Found) -> None:
     """The tests of DeepSpeed's compiled kernels: inference (`hybrid_kernels`) and CPU Adam."""
-    _pytest(found, "tests/gpu", "-m", "gpu", "-k", COMPILED, workers=0)
+    _pytest(found, "tests/gpu", "-m", "gpu", "-k", COMPILED, workers=3)
 
 
 def suite(found: Found) -> None:
@@ -173,6 +173,8 @@ def sft(found: Found, name: str) -> None:
     workload = workload_of(name, found.small)
     ours = OurSFT(workload)
     _timed(found, ours, "rows", 3)
+    with found.trying("profile"):
+        found.add(profile=_profile(lambda around: _inside(around("steps"), ours)))
 
 
 def ppo(found: Found, name: str) -> None:
@@ -187,7 +189,7 @@ def ppo(found: Found, name: str) -> None:
         seen.append(ours.iteration())
         return float(workload.rows)
 
-    _timed(found, turn, "samples", 3)
+    _timed(found, turn, "samples", 2)
     found.add(phases={
         phase: statistics.median(stats[f"seconds_{phase}"] for stats in seen[1:])
         for phase in ("rollout", "score", "update")
@@ -224,7 +226,7 @@ def peer(found: Found, kind: str, name: str) -> None:
             raise RuntimeError(trouble[0])
         return work
 
-    _timed(found, turn, {"sft": "rows", "ppo": "samples"}[kind], 3)
+    _timed(found, turn, {"sft": "rows", "ppo": "samples"}[kind], 2)
 
 
 def decode(found: Found, name: str) -> None:
@@ -247,11 +249,12 @@ def decode(found: Found, name: str) -> None:
     engine = SimpleNamespace(module=_wrapped(model))
     ids = prompts(workload).to(device)
     request = RolloutRequest(ids, torch.ones_like(ids))
-    tokens = 8 if found.small else 128
+    tokens = 8 if found.small else 64
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     found.add(rows=len(ids), prompt=ids.shape[1], answer=tokens, weight_bytes=weights, engines={})
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "continuous": ("continuous", {}),
+        "continuous, without CUDA graphs": ("continuous", {"graphs": False}),
         "continuous, the model's own forward": ("continuous", {"lean": False}),
         "hybrid (transformers' generate)": ("hybrid", {}),
     }
@@ -262,12 +265,24 @@ def decode(found: Found, name: str) -> None:
                 batch_size=len(ids), seed=0, **options,
             )  # fmt: skip
             sampling = SamplingConfig(max_new_tokens=tokens)
-            seconds = _seconds(lambda s=sampler, g=sampling: s.generate(request, g), 3)
+            seconds = _seconds(lambda s=sampler, g=sampling: s.generate(request, g), 2)
             engines = found.values["engines"] | {
                 label: {"seconds": seconds, "tokens_per_second": len(ids) * tokens / seconds,
                         "seconds_per_step": seconds / tokens}
             }  # fmt: skip
             found.add(engines=engines)
+
+
+def wait_for(file: Path) -> None:
+    """The imports, which take longer than many a part, while another part runs."""
+    import datasets  # noqa: F401
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import benchmarks.sft  # noqa: F401
+
+    while not file.exists():
+        time.sleep(0.02)
 
 
 def workload_of(name: str, small: bool) -> Any:
@@ -323,8 +338,12 @@ def _timed(found: Found, turn: Callable[[], float], unit: str, runs: int) -> Non
         seconds.append(took)
         found.add(seconds=seconds, per_second=work / statistics.median(seconds))
     if on_gpu:
-        found.add(peak_allocated=torch.cuda.max_memory_allocated(),
-                  peak_reserved=torch.cuda.max_memory_reserved())  # fmt: skip
+        free, total = torch.cuda.mem_get_info()
+        found.add(
+            peak_allocated=torch.cuda.max_memory_allocated(),
+            peak_reserved=torch.cuda.max_memory_reserved(),
+            beside_the_allocator=total - free - torch.cuda.memory_reserved(),
+        )
 
 
 def _planned(settings: Any, policy: str, reward: str) -> dict[str, float | str]:
@@ -341,37 +360,41 @@ def _planned(settings: Any, policy: str, reward: str) -> dict[str, float | str]:
     return {"peak": plan.peak - GPU_FRAMEWORK, "at": plan.worst}
 
 
-def _profile(act: Callable[[], Any]) -> dict[str, Any]:
-    """Of one call: the kernels' seconds in each phase, and the kernels that took most."""
+def _profile(iteration: Callable[..., Any]) -> dict[str, Any]:
+    """Of one iteration: the clock and the kernels' seconds in each phase, and which took most."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    began = time.perf_counter()
-    with profile(activities=activities, acc_events=True) as trace:
-        act()
-        if torch.cuda.is_available():
+    phases: dict[str, dict[str, float]] = {}
+    most: dict[str, list[float]] = {}
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            yield
             torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    table = trace.key_averages()
-    phases = {
-        event.key.removeprefix("phase "): {"clock": event.cpu_time_total / 1e6,
-                                           "kernels": event.device_time_total / 1e6}
-        for event in table
-        if event.key.startswith("phase ") and event.device_type == torch.autograd.DeviceType.CPU
-    }  # fmt: skip
-    kernels = [e for e in table if e.device_type == torch.autograd.DeviceType.CUDA
-               and not e.key.startswith("phase ")]  # fmt: skip
-    most = sorted(kernels, key=lambda e: e.self_device_time_total, reverse=True)[:12]
-    return {
-        "seconds": seconds,
-        "phases": phases,
-        "kernel_launches": sum(e.count for e in kernels),
-        "kernel_seconds": sum(e.self_device_time_total for e in kernels) / 1e6,
-        "most": [[e.key[:90], e.count, e.self_device_time_total / 1e6] for e in most],
-    }
+            seconds = time.perf_counter() - began
+        # The raw records: torch's own tables take minutes over so many.
+        count, total = 0, 0.0
+        for event in trace.profiler.kineto_results.events():
+            if event.device_type() != torch.autograd.DeviceType.CUDA:
+                continue
+            took = event.duration_ns() / 1e9
+            count, total = count + 1, total + took
+            kept = most.setdefault(event.name()[:90], [0, 0.0])
+            kept[0], kept[1] = kept[0] + 1, kept[1] + took
+        phases[name] = {"clock": seconds, "kernels": total, "launches": count}
+
+    if torch.cuda.is_available():
+        iteration(around)
+    ranked = sorted(most.items(), key=lambda item: -item[1][1])[:12]
+    return {"phases": phases, "most": [[name, *figures] for name, figures in ranked]}
+
+
+def _inside(context: Any, act: Callable[[], Any]) -> None:
+    with context:
+        act()
 
 
 def _seconds(act: Callable[[], Any], runs: int = 5) -> float:
@@ -441,7 +464,10 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(PARTS))
     parser.add_argument("--into", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--when", type=Path, help="import, then wait for this file to be there")
     args = parser.parse_args()
+    if args.when:
+        wait_for(args.when)
     found = Found(args.into.resolve(), args.small)
     code = 0
     try:

@@ -90,8 +90,12 @@ _FULL_PPO = (*_PPO, "step3.rollout.prompts=32", "step3.rollout.batch_size=32",
              "step3.micro_batch_size=16")  # fmt: skip
 # At one GPU; the dtype is `auto`, bfloat16 there.
 GPU_CASES = [
-    Case("gpu-sft-llama-240M-fp32", 1, "llama", _LARGE, 1, (*_FULL, "step1.model.dtype=float32")),
+    Case("gpu-sft-llama-240M-fp32-zero0", 1, "llama", _LARGE, 1, (*_FULL, "step1.model.dtype=float32")),
     Case("gpu-sft-llama-240M-bf16", 1, "llama", _LARGE, 1, _FULL),
+    Case("gpu-sft-llama-240M-fp32-zero1", 1, "llama", _LARGE, 1,
+         (*_FULL, "step1.model.dtype=float32", "step1.engine.zero_stage=1")),
+    Case("gpu-sft-llama-240M-fp16", 1, "llama", _LARGE, 1, (*_FULL, "step1.model.dtype=float16")),
+    Case("gpu-sft-llama-240M-zero2", 1, "llama", _LARGE, 1, (*_FULL, "step1.engine.zero_stage=2")),
     Case("gpu-sft-llama-240M-zero3", 1, "llama", _LARGE, 1, (*_FULL, "step1.engine.zero_stage=3")),
     Case("gpu-sft-opt-240M-lora", 1, "opt", _LARGE, 1, (*_FULL, "step1.model.lora.rank=16")),
     Case("gpu-reward-qwen3-240M", 2, "qwen3", _LARGE, 1,

@@ -13,6 +13,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -242,8 +243,10 @@ class OurPPO:
         self.iterations = 0
         self.reads_apart = False  # benchmarks.ablation: old values from a forward of their own
 
-    def iteration(self) -> dict[str, float]:
-        """One PPO iteration.
+    def iteration(
+        self, around: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext()
+    ) -> dict[str, float]:
+        """One PPO iteration; each phase inside `around(its name)`.
 
         Returns each phase's seconds, by CPU time and by the clock, and the iteration's figures. A
         GPU has finished a phase before the clock is read.
@@ -253,15 +256,15 @@ class OurPPO:
         settings, roles = self.settings, self.roles
         budget = Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         began = _clocks()
-        with record_function("phase rollout"), roles.actor.evaluating():
+        with around("rollout"), roles.actor.evaluating():
             rollout = generate(self.sampler, self.prompts, settings.rollout)
         sampled = _clocks()
         ppo = settings.ppo
-        with record_function("phase score"):
+        with around("score"):
             rollout = score(roles, rollout, 1.0, budget, ppo.old_log_probs, values=self.reads_apart)
             rollout, stats = reward(rollout, ppo, self.controller, (0.0, 1.0), kl_in_reward=True)
         scored = _clocks()
-        with record_function("phase update"):
+        with around("update"):
             stats |= self._update(rollout, budget)
         updated = _clocks()
         self.iterations += 1

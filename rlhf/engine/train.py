@@ -13,7 +13,7 @@ from rlhf import stall
 from rlhf.config.schema import EngineConfig, OptimConfig
 from rlhf.engine import comm
 from rlhf.engine.config import deepspeed_config
-from rlhf.engine.ops import announce_compile
+from rlhf.engine.ops import announce_compile, quiet_bf16_optimizer
 from rlhf.engine.optim import build_optimizer, build_scheduler, param_groups
 from rlhf.engine.zero3 import hidden_size
 from rlhf.errors import Diverged
@@ -60,6 +60,7 @@ class TrainEngine:
             hybrid_max_tokens=hybrid_max_tokens,
         )
         announce_compile(engine.offload)
+        quiet_bf16_optimizer()
         groups = param_groups(model, optim, head_learning_rate)
         optimizer = build_optimizer(groups, optim, offload=engine.offload)
         scheduler = build_scheduler(optimizer, optim, total_steps)
