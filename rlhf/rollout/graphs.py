@@ -10,6 +10,7 @@ few, another graph takes its place.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,12 +126,19 @@ class GraphForward:
         return Step(slab, keys, rows, held, at, column, logits, graph.replay)
 
 
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The one that is recorded on: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 def _captured(act: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of `act`, and its result, which each replay writes again.
 
     Not `torch.cuda.graph`, which collects all garbage and empties the allocator's cache each time.
     """
-    graph, here, beside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    beside = _stream(here.device_index)
     collects = gc.isenabled()
     gc.disable()  # what it frees may be another graph
     try:
