@@ -13,6 +13,7 @@ parts with sizes for a CPU, to see that they work before a GPU is at hand.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -87,10 +88,8 @@ class Running:
 
     def kill(self) -> None:
         """The part and everything it has started: it leads a process group."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 

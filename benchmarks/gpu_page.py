@@ -43,13 +43,12 @@ def _machine(found: Mapping[str, Any]) -> list[str]:
     if "versions" not in found:
         return []
     versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v)
-    lines = [
-        f"{found.get('smi', 'no GPU')}; {found['cores']} cores; Python {found['python']}; {versions}."
-    ]
+    hardware = f"{found.get('smi', 'no GPU')}; {found['cores']} cores"
+    lines = [f"{hardware}; Python {found['python']}; {versions}."]
     if "bf16_flops_per_second" in found:
         lines += [
-            f"Ceilings: a copy moves {found['copy_bytes_per_second'] / 1e12:.2f} TB/s, a bf16 matrix "
-            f"product runs at {found['bf16_flops_per_second'] / 1e12:.0f} TFLOP/s."
+            f"Ceilings: a copy moves {found['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+            f"a bf16 matrix product runs at {found['bf16_flops_per_second'] / 1e12:.0f} TFLOP/s."
         ]
     return [*lines, ""]
 
@@ -93,8 +92,8 @@ def _failures(parts: Parts) -> list[str]:
 def _default(found: Mapping[str, Any]) -> list[str]:
     if "exit_code" not in found:
         return []
-    lines = ["## The embedded default", "", f"`{found['command']}`: exit code {found['exit_code']}, "
-             f"{found['seconds']} s.", ""]  # fmt: skip
+    ended = f"`{found['command']}`: exit code {found['exit_code']}, {found['seconds']} s."
+    lines = ["## The embedded default", "", ended, ""]
     if "report" in found:
         lines += ["```", found["report"].split("\n\n")[0].strip(), "```", ""]
     phases = {
@@ -116,8 +115,9 @@ def _speed(parts: Parts) -> list[str]:
             both = "per_second" in ours and "per_second" in theirs
             ratio = f"{ours['per_second'] / theirs['per_second']:.2f}" if both else ""
             unit = ours.get("unit") or theirs["unit"]
-            rows.append([f"{kind} {size}, {unit}/s", *(_per_second(x) for x in (ours, theirs)), ratio,
-                         *(_gb(x.get("peak_allocated")) for x in (ours, theirs))])  # fmt: skip
+            sides = (ours, theirs)
+            speeds, peaks = map(_per_second, sides), (_gb(x.get("peak_allocated")) for x in sides)
+            rows.append([f"{kind} {size}, {unit}/s", *speeds, ratio, *peaks])
     head = ["work", "ours", "trl", "ours / trl", "our peak, GB", "trl's peak, GB"]
     return ["## Speed", "", *table(head, rows)] if rows else []
 

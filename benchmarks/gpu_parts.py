@@ -1,7 +1,8 @@
 """The parts of a day on a GPU (benchmarks.gpu_day), each in a process of its own.
 
-`python -m benchmarks.gpu_parts NAME --into FILE` writes what it finds to FILE, more than once where
-it finds things one after the other: what cuts it off loses nothing. `--small` takes sizes for a CPU.
+`python -m benchmarks.gpu_parts NAME --into FILE` writes what it finds to FILE, more than once
+where it finds things one after the other: what cuts it off loses nothing. `--small` takes sizes for
+a CPU.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def suite(found: Found) -> None:
     few = ["-k", "steps_1_and_2"] if found.small else []
     _pytest(found, "tests/unit/test_steps_main.py",
             "tests/faults/test_resume.py::test_it_ends_as_if_nothing_had_happened",
-            "tests/pipeline/test_recovery.py", *few, workers=4)  # fmt: skip
+            *few, workers=4)  # fmt: skip
 
 
 def default(found: Found) -> None:
@@ -230,7 +231,7 @@ def peer(found: Found, kind: str, name: str) -> None:
 
 
 def decode(found: Found, name: str) -> None:
-    """Tokens per second of each rollout engine, beside what reading the weights alone would allow."""
+    """Tokens per second of each rollout engine."""
     import torch
     from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
     from transformers import AutoModelForCausalLM

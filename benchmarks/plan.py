@@ -10,8 +10,8 @@ MALLOC_MMAP_THRESHOLD_=65536 for the processes: what is freed goes back at once,
 set is what is allocated. `--allocator default` leaves glibc alone, `driver` sets it up as our
 driver does; `all` shows each.
 
-`--gpu` runs the cases for one GPU instead. Measured there: the most that torch's allocator had given
-out, and beside it what it had reserved and what the device says is taken, with CUDA's own share.
+`--gpu` runs the cases for one GPU instead. Measured there: the most that torch's allocator had
+given out, what it had reserved, and what of the device is taken beside it, CUDA's own share.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ _FULL_PPO = (*_PPO, "step3.rollout.prompts=32", "step3.rollout.batch_size=32",
              "step3.micro_batch_size=16")  # fmt: skip
 # At one GPU; the dtype is `auto`, bfloat16 there.
 GPU_CASES = [
-    Case("gpu-sft-llama-240M-fp32-zero0", 1, "llama", _LARGE, 1, (*_FULL, "step1.model.dtype=float32")),
+    Case("gpu-sft-llama-240M-fp32-zero0", 1, "llama", _LARGE, 1,
+         (*_FULL, "step1.model.dtype=float32")),
     Case("gpu-sft-llama-240M-bf16", 1, "llama", _LARGE, 1, _FULL),
     Case("gpu-sft-llama-240M-fp32-zero1", 1, "llama", _LARGE, 1,
          (*_FULL, "step1.model.dtype=float32", "step1.engine.zero_stage=1")),

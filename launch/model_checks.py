@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rlhf.config.keys import nearest
 from rlhf.config.names import is_hub_model, is_path_like
 from rlhf.config.schema import ModelConfig
 from rlhf.errors import UserError
-from rlhf.families import TINY_FAMILIES
+from rlhf.families import FAMILIES, TINY_FAMILIES
 from rlhf.plan.classes import CAUSAL, SEQUENCE, families_with
 from rlhf.plan.known import known_names
 from rlhf.plan.read import is_known, read_config
@@ -40,6 +40,8 @@ class Use:
     length_setting: str
     ours: bool = False
     """An artifact of ours: whole, and of a family that has trained before."""
+    kernels: bool = False
+    """It is to answer through DeepSpeed's inference kernels."""
 
 
 def check_models(plan: Plan) -> list[Check]:
@@ -87,7 +89,9 @@ def _uses(plan: Plan, item: StepPlan) -> Iterator[Use]:
             rollout.max_new_tokens
         )
         key = "step3.rollout.max_prompt_length + step3.rollout.max_new_tokens"
-        yield from _use(parent("sft"), "step 3's policy", rl.actor.model, CAUSAL, longest, key)
+        kernels = rollout.engine == "hybrid" and rollout.hybrid_kernels
+        for use in _use(parent("sft"), "step 3's policy", rl.actor.model, CAUSAL, longest, key):
+            yield replace(use, kernels=kernels)
         reward = "step 3's reward model"
         yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
         critic = (rl.critic.model.name, False)
@@ -110,7 +114,9 @@ def _problems(name: str, uses: list[Use]) -> Iterator[Check]:
     what, place = f"model {name}", Path(name).expanduser()
     if uses[0].ours:
         if (place / "config.json").is_file():
-            yield from _positions(what, read_config(name), uses)
+            config = read_config(name)
+            yield from _positions(what, config, uses)
+            yield from _kernels(what, config, uses)
         return
     if trouble := _bad_name(name, place):
         yield trouble
@@ -128,6 +134,7 @@ def _problems(name: str, uses: list[Use]) -> Iterator[Check]:
         return
     yield from _kind(what, config, uses)
     yield from _positions(what, config, uses)
+    yield from _kernels(what, config, uses)
     if place.is_dir():
         yield from _files(what, place, config)
 
@@ -213,6 +220,16 @@ def _positions(what: str, config: dict[str, Any], uses: list[Use]) -> Iterator[C
             needed = f"at most its {limit} positions"
             remedy = f"lower {use.length_setting} to {limit}, or take a model with more positions"
             yield Check(what, "FAIL", found, needed, remedy, BAD_SETTING)
+
+
+def _kernels(what: str, config: dict[str, Any], uses: list[Use]) -> Iterator[Check]:
+    """With other families DeepSpeed's kernels end the process, or fail in the first forward."""
+    family = FAMILIES.get(config.get("model_type", ""))
+    if any(use.kernels for use in uses) and not (family and family.hybrid_kernels):
+        able = ", ".join(name for name, known in FAMILIES.items() if known.hybrid_kernels)
+        found = f"DeepSpeed's inference kernels fail for the family {config.get('model_type')!r}"
+        remedy = "leave out step3.rollout.hybrid_kernels, or step3.rollout.engine=continuous"
+        yield Check(what, "FAIL", found, f"one of {able} (docs/gpu.md)", remedy, BAD_SETTING)
 
 
 def _files(what: str, place: Path, config: dict[str, Any]) -> Iterator[Check]:

@@ -83,10 +83,10 @@ class TrainEngine:
             hybrid_max_tokens=hybrid_max_tokens,
         )
         announce_compile(engine.offload)
-        quiet_bf16_optimizer()
         groups = param_groups(model, optim, head_learning_rate)
         optimizer = build_optimizer(groups, optim, offload=engine.offload)
         scheduler = build_scheduler(optimizer, optim, total_steps)
+        quiet_bf16_optimizer()
         self.deepspeed, _, _, self.scheduler = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
         )
@@ -202,6 +202,7 @@ class FrozenEngine:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         config = deepspeed_config(engine, dtype=dtype, trains=False, hidden_size=hidden_size(model))
+        quiet_bf16_optimizer()
         self.deepspeed, *_ = deepspeed.initialize(model=model, config=config)
         self.config = config
         self.module = self.deepspeed.module

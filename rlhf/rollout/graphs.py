@@ -109,10 +109,9 @@ class GraphForward:
         rows = len(keys)
         while rows // _FEWER >= len(tokens):
             rows //= _FEWER
-        fixed = {"dtype": torch.long, "device": tokens.device}
-        held, at = torch.zeros(rows, **fixed), torch.zeros(rows, **fixed)
+        held, at = tokens.new_zeros(rows), positions.new_zeros(rows)
         held[: len(tokens)], at[: len(tokens)] = tokens, positions
-        column = torch.full((1,), slab.span.end, **fixed)
+        column = tokens.new_full((1,), slab.span.end)
         view: Any = FixedSlab(slab, rows, column)
 
         def act() -> Tensor:

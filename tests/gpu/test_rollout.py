@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.algo.logprobs import log_probs_from_hidden
 from rlhf.config.schema import EngineConfig, OptimConfig
@@ -170,16 +169,12 @@ def test_sharded_weights_answer_as_whole_ones(gpu: torch.device, how: str) -> No
 
 
 @functools.cache
-def sized(family: str, groups: int) -> str:
-    """A random model with heads of 64: DeepSpeed's rotary kernel ends the process at 8."""
-    path = help_.scratch() / f"sized-{family}-{groups}"
+def sized_opt() -> str:
+    """A random OPT with heads of 64, as real ones have."""
+    path = help_.scratch() / "sized-opt"
     size = {"hidden": 256, "layers": 2, "heads": 4, "mlp": 512, "positions": 96}
-    build_tiny(family, help_.TEXTS, path, seed=3, vocab_size=300, size=size)
-    if groups != 4:
-        config = AutoConfig.from_pretrained(path)
-        config.num_key_value_heads = groups
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    module = help_.load_policy(family, name=str(path))
+    build_tiny("opt", help_.TEXTS, path, seed=3, vocab_size=300, size=size)
+    module = help_.load_policy("opt", name=str(path))
     help_.spread(module, scale=0.08)
     module.model.save_pretrained(path)
     return str(path)
@@ -187,18 +182,16 @@ def sized(family: str, groups: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize(
-    ("family", "groups"), [("opt", 4), ("llama", 4), ("llama", 2), ("gpt2", 4), ("gpt_neox", 4)]
-)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_deepspeeds_kernels_answer_as_the_model_does(
-    only_gpu: torch.device, family: str, groups: int, stage: int, dtype: str
+    only_gpu: torch.device, stage: int, dtype: str
 ) -> None:
     """`step3.rollout.hybrid_kernels`: DeepSpeedHybridEngine, before and after a step of training.
 
-    Compiles DeepSpeed's inference kernels at the first use.
+    Compiles DeepSpeed's inference kernels at the first use. Other families than OPT are refused:
+    there the kernels end the process, or leave the GPU in a state that fails all that follows.
     """
-    path = sized(family, groups)
+    family, path = "opt", sized_opt()
     settings = EngineConfig(zero_stage=stage)
     module = help_.load_policy(family, name=path, dtype=dtype, engine=settings)
     plain = help_.load_policy(family, name=path, dtype=dtype).to(only_gpu).eval()
