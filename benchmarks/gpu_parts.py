@@ -15,44 +15,19 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.gpu_measure import Found, inside, median_seconds, planned, profiled, timed
+
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "peft", "trl", "triton")
 # Compile DeepSpeed's kernels: a part of their own, so that a failing compiler costs only it.
 COMPILED = "deepspeeds_kernels or offload"
-
-
-@dataclass
-class Found:
-    """What a part has found so far; written each time something is added."""
-
-    path: Path
-    small: bool
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, **values: Any) -> None:
-        self.values |= values
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.values, indent=1))
-        part.replace(self.path)
-
-    @contextmanager
-    def trying(self, name: str) -> Iterator[None]:
-        """An exception inside is a finding under `name`, and does not end the part."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - the day goes on, and says what failed
-            text = f"{type(error).__name__}: {error}"
-            print(f"{name}: {text}", file=sys.stderr, flush=True)
-            self.add(**{name: {"failed": text[-1500:]}})
 
 
 def machine(found: Found) -> None:
@@ -82,8 +57,8 @@ def machine(found: Found) -> None:
     b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     large = torch.empty(2**22 if found.small else 2**31, device=device, dtype=torch.bfloat16)
     other = torch.empty_like(large)
-    copy = _seconds(lambda: other.copy_(large))
-    product = _seconds(lambda: a @ b)
+    copy = median_seconds(lambda: other.copy_(large))
+    product = median_seconds(lambda: a @ b)
     found.add(copy_bytes_per_second=2.0 * large.numel() * 2 / copy)
     found.add(bf16_flops_per_second=2.0 * size**3 / product)
 
@@ -173,9 +148,9 @@ def sft(found: Found, name: str) -> None:
 
     workload = workload_of(name, found.small)
     ours = OurSFT(workload)
-    _timed(found, ours, "rows", 3)
+    timed(found, ours, "rows", 3)
     with found.trying("profile"):
-        found.add(profile=_profile(lambda around: _inside(around("steps"), ours)))
+        found.add(profile=profiled(lambda around: inside(around("steps"), ours)))
 
 
 def ppo(found: Found, name: str) -> None:
@@ -190,15 +165,15 @@ def ppo(found: Found, name: str) -> None:
         seen.append(ours.iteration())
         return float(workload.rows)
 
-    _timed(found, turn, "samples", 2)
+    timed(found, turn, "samples", 2)
     found.add(phases={
         phase: statistics.median(stats[f"seconds_{phase}"] for stats in seen[1:])
         for phase in ("rollout", "score", "update")
     })  # fmt: skip
     with found.trying("planned"):
-        found.add(planned=_planned(ours.settings, *model_dirs(workload.model)))
+        found.add(planned=planned(ours.settings, *model_dirs(workload.model)))
     with found.trying("profile"):
-        found.add(profile=_profile(ours.iteration))
+        found.add(profile=profiled(ours.iteration))
 
 
 def peer(found: Found, kind: str, name: str) -> None:
@@ -227,7 +202,7 @@ def peer(found: Found, kind: str, name: str) -> None:
             raise RuntimeError(trouble[0])
         return work
 
-    _timed(found, turn, {"sft": "rows", "ppo": "samples"}[kind], 2)
+    timed(found, turn, {"sft": "rows", "ppo": "samples"}[kind], 2)
 
 
 def decode(found: Found, name: str) -> None:
@@ -266,7 +241,7 @@ def decode(found: Found, name: str) -> None:
                 batch_size=len(ids), seed=0, **options,
             )  # fmt: skip
             sampling = SamplingConfig(max_new_tokens=tokens)
-            seconds = _seconds(lambda s=sampler, g=sampling: s.generate(request, g), 2)
+            seconds = median_seconds(lambda s=sampler, g=sampling: s.generate(request, g), 2)
             engines = found.values["engines"] | {
                 label: {"seconds": seconds, "tokens_per_second": len(ids) * tokens / seconds,
                         "seconds_per_step": seconds / tokens}
@@ -316,100 +291,6 @@ def _wrapped(model: Any) -> Any:
             return self.model.generate(*args, **kwargs)
 
     return Wrapper()
-
-
-def _timed(found: Found, turn: Callable[[], float], unit: str, runs: int) -> None:
-    """Work per second after one warm-up, and the GPU's peak memory."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-
-    def once() -> tuple[float, float]:
-        began = time.perf_counter()
-        work = turn()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return work, time.perf_counter() - began
-
-    _, first = once()
-    found.add(unit=unit, first_seconds=first)
-    seconds: list[float] = []
-    for _ in range(runs):
-        work, took = once()
-        seconds.append(took)
-        found.add(seconds=seconds, per_second=work / statistics.median(seconds))
-    if on_gpu:
-        free, total = torch.cuda.mem_get_info()
-        found.add(
-            peak_allocated=torch.cuda.max_memory_allocated(),
-            peak_reserved=torch.cuda.max_memory_reserved(),
-            beside_the_allocator=total - free - torch.cuda.memory_reserved(),
-        )
-
-
-def _planned(settings: Any, policy: str, reward: str) -> dict[str, float | str]:
-    """The planner's peak of these PPO settings on one GPU, without CUDA's own share."""
-    from rlhf.config.schema import RunConfig
-    from rlhf.plan.memory import GPU_FRAMEWORK, step_memory
-    from rlhf.plan.read import read_shape
-    from rlhf.plan.roles import Ranks, Shapes
-
-    config = RunConfig(step3=settings)
-    plan = step_memory(
-        config, 3, Shapes(read_shape(policy), read_shape(reward)), Ranks(1, False, 1)
-    )
-    return {"peak": plan.peak - GPU_FRAMEWORK, "at": plan.worst}
-
-
-def _profile(iteration: Callable[..., Any]) -> dict[str, Any]:
-    """Of one iteration: the clock and the kernels' seconds in each phase, and which took most."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    phases: dict[str, dict[str, float]] = {}
-    most: dict[str, list[float]] = {}
-
-    @contextmanager
-    def around(name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            yield
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-        # The raw records: torch's own tables take minutes over so many.
-        count, total = 0, 0.0
-        for event in trace.profiler.kineto_results.events():
-            if event.device_type() != torch.autograd.DeviceType.CUDA:
-                continue
-            took = event.duration_ns() / 1e9
-            count, total = count + 1, total + took
-            kept = most.setdefault(event.name()[:90], [0, 0.0])
-            kept[0], kept[1] = kept[0] + 1, kept[1] + took
-        phases[name] = {"clock": seconds, "kernels": total, "launches": count}
-
-    if torch.cuda.is_available():
-        iteration(around)
-    ranked = sorted(most.items(), key=lambda item: -item[1][1])[:12]
-    return {"phases": phases, "most": [[name, *figures] for name, figures in ranked]}
-
-
-def _inside(context: Any, act: Callable[[], Any]) -> None:
-    with context:
-        act()
-
-
-def _seconds(act: Callable[[], Any], runs: int = 5) -> float:
-    """Median of several runs after one, each waited for."""
-    import torch
-
-    found = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        act()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
 
 
 def _pytest(found: Found, *arguments: str, workers: int) -> None:
