@@ -1,4 +1,4 @@
-"""Planned against measured memory of real steps on CPU ranks: `python -m benchmarks.plan --help`.
+"""Planned against measured memory of real steps: `python -m benchmarks.plan --help`.
 
 Each case runs a step's own `main` on random models and rows that fill the limits, one process per
 rank, one thread each. Measured: the largest resident set of the rank that had most, minus what the
@@ -9,6 +9,9 @@ resident set is larger than what is allocated. `--allocator exact` (default) set
 MALLOC_MMAP_THRESHOLD_=65536 for the processes: what is freed goes back at once, and the resident
 set is what is allocated. `--allocator default` leaves glibc alone, `driver` sets it up as our
 driver does; `all` shows each.
+
+`--gpu` runs the cases for one GPU instead. Measured there: the most that torch's allocator had
+given out, what it had reserved, and what of the device is taken beside it, CUDA's own share.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from launch.environment import memory_environment
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.resolve import resolve_step
 from rlhf.config.schema import ResolvedStep
-from rlhf.plan.memory import step_memory
+from rlhf.plan.memory import GPU_FRAMEWORK, step_memory
 from rlhf.plan.read import read_shape
 from rlhf.plan.roles import Ranks, Shapes
 
@@ -76,6 +79,34 @@ _PPO = ("step3.rollout.prompts=8", "step3.rollout.batch_size=8", "step3.iteratio
 _ADAPTERS = ("step3.actor.model.lora.rank=8", "step3.critic.model.lora.rank=8")
 _BF16 = ("step3.actor.model.dtype=bfloat16", "step3.critic.model.dtype=bfloat16")
 
+_AT_ZERO3 = ("step3.actor.engine.zero_stage=3", "step3.critic.engine.zero_stage=3",
+             "step3.reference_engine.zero_stage=3")  # fmt: skip
+_LARGE = _size(1024, 16, 16, 2816, 32000)
+_FULL = ("step1.max_prompt_length=128", "step1.max_length=512", "step1.train.max_steps=2",
+         "step1.train.batch_size=16", "step1.train.micro_batch_size=8",
+         "step1.train.eval_batch_size=8")  # fmt: skip
+_FULL_PPO = (*_PPO, "step3.rollout.prompts=32", "step3.rollout.batch_size=32",
+             "step3.rollout.max_prompt_length=128", "step3.rollout.max_new_tokens=128",
+             "step3.micro_batch_size=16")  # fmt: skip
+# At one GPU; the dtype is `auto`, bfloat16 there.
+GPU_CASES = [
+    Case("gpu-sft-llama-240M-fp32-zero0", 1, "llama", _LARGE, 1,
+         (*_FULL, "step1.model.dtype=float32")),
+    Case("gpu-sft-llama-240M-bf16", 1, "llama", _LARGE, 1, _FULL),
+    Case("gpu-sft-llama-240M-fp32-zero1", 1, "llama", _LARGE, 1,
+         (*_FULL, "step1.model.dtype=float32", "step1.engine.zero_stage=1")),
+    Case("gpu-sft-llama-240M-fp16", 1, "llama", _LARGE, 1, (*_FULL, "step1.model.dtype=float16")),
+    Case("gpu-sft-llama-240M-zero2", 1, "llama", _LARGE, 1, (*_FULL, "step1.engine.zero_stage=2")),
+    Case("gpu-sft-llama-240M-zero3", 1, "llama", _LARGE, 1, (*_FULL, "step1.engine.zero_stage=3")),
+    Case("gpu-sft-opt-240M-lora", 1, "opt", _LARGE, 1, (*_FULL, "step1.model.lora.rank=16")),
+    Case("gpu-reward-qwen3-240M", 2, "qwen3", _LARGE, 1,
+         (*_PAIRS, "step2.max_length=512", "step2.train.micro_batch_size=4")),
+    Case("gpu-ppo-llama-240M-zero0", 3, "llama", _LARGE, 1, _FULL_PPO),
+    Case("gpu-ppo-llama-240M-zero3", 3, "llama", _LARGE, 1, (*_FULL_PPO, *_AT_ZERO3)),
+    Case("gpu-ppo-llama-240M-one-base", 3, "llama", _LARGE, 1,
+         (*_FULL_PPO, *_ADAPTERS, "step2.model.lora.rank=8", "step3.share_base=true"), True),
+]  # fmt: skip
+
 CASES = [
     Case("baseline-zero0", 1, "llama", _TINY, 1, _SFT),
     Case("baseline-zero2", 1, "llama", _TINY, 1,
@@ -116,6 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--baseline", action="store_true", help="only the framework's own share")
+    parser.add_argument("--gpu", action="store_true", help="the cases for one GPU")
     parser.add_argument("--list", action="store_true", help="the cases and their plans; run none")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
@@ -123,9 +155,11 @@ def main() -> None:
     if args.worker or args.make:
         (run_rank if args.worker else make_model)(*(args.worker or args.make))
         return
-    for case in CASES:
-        if args.only in case.name and case.name.startswith("baseline") == args.baseline:
-            print(json.dumps(compare(case, args.allocator, runs=not args.list)), flush=True)
+    for case in GPU_CASES if args.gpu else CASES:
+        if args.only not in case.name or case.name.startswith("baseline") != args.baseline:
+            continue
+        line = compare_gpu(case) if args.gpu else compare(case, args.allocator, runs=not args.list)
+        print(json.dumps(line), flush=True)
 
 
 def compare(case: Case, allocator: str, *, runs: bool) -> dict[str, Any]:
@@ -150,6 +184,25 @@ def compare(case: Case, allocator: str, *, runs: bool) -> dict[str, Any]:
     return line
 
 
+def compare_gpu(case: Case) -> dict[str, Any]:
+    """The same for a step on this machine's GPU; the plan without CUDA's own share."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as scratch:
+        place = Path(scratch)
+        resolved, shapes = prepare(case, place)
+        memory = step_memory(resolved.config, case.step, shapes, Ranks(1, False, 1))
+        planned = memory.peak - GPU_FRAMEWORK
+        measure(case, place, {}, on_cpu=False)
+        found = json.loads((place / "gpu0.json").read_text())
+        return {
+            "case": case.name,
+            "parameters": shapes.actor.causal,
+            "planned_mb": round(planned / 1e6),
+            "at": memory.worst,
+            **{f"{name}_mb": round(value / 1e6) for name, value in found.items()},
+            "error": round(planned / found["allocated"] - 1, 3),
+        }
+
+
 def prepare(case: Case, place: Path) -> tuple[ResolvedStep, Shapes]:
     """Models, data and `resolved.json` of a case."""
     if case.size:
@@ -170,15 +223,17 @@ def prepare(case: Case, place: Path) -> tuple[ResolvedStep, Shapes]:
     return resolved, Shapes(shape, shape)
 
 
-def measure(case: Case, place: Path, extra: dict[str, str]) -> float:
+def measure(case: Case, place: Path, extra: dict[str, str], *, on_cpu: bool = True) -> float:
     """Runs the ranks; the largest peak, in bytes, over what each held after its imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
         "WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
+    if on_cpu:
+        common["DS_ACCELERATOR"] = "cpu"
     argv = [sys.executable, "-m", "benchmarks.plan", "--worker", str(case.step), str(place)]
     ranks = []
     for rank in range(case.ranks):
@@ -209,8 +264,23 @@ def run_rank(step: str, where: str) -> None:
     imported = float(status.split("VmRSS:")[1].split()[0]) * 1024
     step_main(run)
     (Path(where) / f"peak{rank}.json").write_text(str(peak_memory() - imported))
+    if "DS_ACCELERATOR" not in os.environ:
+        (Path(where) / f"gpu{rank}.json").write_text(json.dumps(_of_gpu(peak_memory())))
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed's threads may keep a normal end waiting
+
+
+def _of_gpu(allocated: float) -> dict[str, float]:
+    """Bytes: the peak given out by torch's allocator, its peak reserve, and CUDA's share beside."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    beside = total - free - torch.cuda.memory_reserved()
+    return {
+        "allocated": allocated,
+        "reserved": torch.cuda.max_memory_reserved(),
+        "beside": beside,  # this process's alone only if it has the GPU for itself
+    }
 
 
 def make_model(described: str, where: str) -> None:

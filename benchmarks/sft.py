@@ -56,9 +56,8 @@ class OurSFT:
             epoch=self.epoch,
         )
         for step in plan:
-            sft_step(
-                self.engine, [self.collate([self.rows[i] for i in part], PAD) for part in step]
-            )
+            batches = [self.collate([self.rows[i] for i in part], PAD) for part in step]
+            sft_step(self.engine, [batch.to(self.engine.device) for batch in batches])
         self.epoch += 1
         return len(self.rows)
 

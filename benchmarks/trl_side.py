@@ -44,6 +44,10 @@ class Held:
         self._done.release()
         self._go.acquire()
 
+    def fail(self) -> None:
+        """In the trainer's thread: there will be no more parts."""
+        self._done.release()
+
     def __call__(self) -> float:
         self._go.release()
         self._done.acquire()
@@ -78,7 +82,7 @@ def callback(held: Held, event: str) -> Any:
 
 
 COMMON: dict[str, Any] = {
-    "use_cpu": True,
+    "use_cpu": not torch.cuda.is_available(),
     "gradient_checkpointing": False,
     "learning_rate": 1e-6,
     "lr_scheduler_type": "constant",

@@ -13,6 +13,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +86,24 @@ def llama_135m() -> Any:
     )
 
 
-CONFIGS = {"6m": opt_6m, "135m": llama_135m}
+def opt_1_3b() -> Any:
+    """facebook/opt-1.3b's shape, from its config.json: for GPUs."""
+    return OPTConfig(
+        vocab_size=50272,
+        hidden_size=2048,
+        word_embed_proj_dim=2048,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        ffn_dim=8192,
+        max_position_embeddings=2048,
+        dropout=0.0,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+    )
+
+
+CONFIGS = {"6m": opt_6m, "135m": llama_135m, "1.3b": opt_1_3b}
 
 
 @functools.cache
@@ -99,12 +118,17 @@ def model_dirs(name: str, seed: int = 0) -> tuple[str, str]:
         return str(root / "policy"), str(root / "reward")
     root = Path(tempfile.mkdtemp(prefix=f"rlhf-bench-{name}-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
+    make_models(name, root, seed)
+    return str(root / "policy"), str(root / "reward")
+
+
+def make_models(name: str, root: Path, seed: int = 0, **how: Any) -> None:
+    """Writes root/policy and root/reward; `how` is for `from_config` (dtype)."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
-    AutoModelForCausalLM.from_config(config).save_pretrained(root / "policy")
+    AutoModelForCausalLM.from_config(config, **how).save_pretrained(root / "policy")
     config.num_labels = 1
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(root / "reward")
-    return str(root / "policy"), str(root / "reward")
+    AutoModelForSequenceClassification.from_config(config, **how).save_pretrained(root / "reward")
 
 
 def lora_reward(name: str, rank: int = 16) -> str:
@@ -133,7 +157,7 @@ def end_answers(model: Any, early: bool) -> None:
     """Gives the head a frozen bias: the pad is never sampled, EOS never or at a constant rate."""
     head = model.get_output_embeddings()
     vocab = head.weight.shape[0]
-    bias = torch.zeros(vocab, dtype=head.weight.dtype)
+    bias = torch.zeros_like(head.weight[:, 0])
     bias[PAD] = NEVER
     chance = _chance_of_end()
     bias[EOS] = math.log(vocab - 2) + math.log(chance / (1 - chance)) if early else NEVER
@@ -207,6 +231,7 @@ class OurPPO:
             end_answers(_plain(engine), workload.early)
         self.controller = build_kl_controller(0.05, None, 1.0)
         ids = prompts(workload)[comm.rank() :: comm.world_size()]
+        ids = ids.to(self.roles.actor.device)
         self.prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), [])
         self.sampler = build_rollout(
             "continuous",
@@ -219,22 +244,43 @@ class OurPPO:
         self.iterations = 0
         self.reads_apart = False  # benchmarks.ablation: old values from a forward of their own
 
-    def iteration(self) -> dict[str, float]:
-        """One PPO iteration. Returns CPU seconds of each phase, and the iteration's figures."""
-        from rlhf.algo.algorithms import ALGORITHMS
-        from step3_ppo.experience import credit, generate, reward, score
-        from step3_ppo.update import first_critic_step, update
+    def iteration(
+        self, around: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext()
+    ) -> dict[str, float]:
+        """One PPO iteration; each phase inside `around(its name)`.
+
+        Returns each phase's seconds, by CPU time and by the clock, and the iteration's figures. A
+        GPU has finished a phase before the clock is read.
+        """
+        from step3_ppo.experience import generate, reward, score
 
         settings, roles = self.settings, self.roles
         budget = Budget(settings.micro_batch_size, settings.micro_batch_tokens)
-        began = time.process_time()
-        with roles.actor.evaluating():
+        began = _clocks()
+        with around("rollout"), roles.actor.evaluating():
             rollout = generate(self.sampler, self.prompts, settings.rollout)
-        sampled = time.process_time()
-        ppo, algorithm = settings.ppo, ALGORITHMS["ppo"]
-        rollout = score(roles, rollout, 1.0, budget, ppo.old_log_probs, values=self.reads_apart)
-        rollout, stats = reward(rollout, ppo, self.controller, (0.0, 1.0), kl_in_reward=True)
-        scored = time.process_time()
+        sampled = _clocks()
+        ppo = settings.ppo
+        with around("score"):
+            rollout = score(roles, rollout, 1.0, budget, ppo.old_log_probs, values=self.reads_apart)
+            rollout, stats = reward(rollout, ppo, self.controller, (0.0, 1.0), kl_in_reward=True)
+        scored = _clocks()
+        with around("update"):
+            stats |= self._update(rollout, budget)
+        updated = _clocks()
+        self.iterations += 1
+        clocks = (began, sampled, scored, updated)
+        for name, a, b in zip(("rollout", "score", "update"), clocks, clocks[1:], strict=False):
+            stats |= {f"cpu_{name}": b[0] - a[0], f"seconds_{name}": b[1] - a[1]}
+        return stats
+
+    def _update(self, rollout: Any, budget: Budget) -> dict[str, float]:
+        """Advantages and the optimiser's steps. Returns their figures."""
+        from rlhf.algo.algorithms import ALGORITHMS
+        from step3_ppo.experience import credit
+        from step3_ppo.update import first_critic_step, update
+
+        roles, ppo, algorithm = self.roles, self.settings.ppo, ALGORITHMS["ppo"]
         first = None
         if not self.reads_apart:
             first = first_critic_step(
@@ -246,7 +292,7 @@ class OurPPO:
             )
             rollout = replace(rollout, values=first.values)
         rollout = credit(rollout, algorithm, ppo, 1)
-        stats |= update(
+        return update(
             roles.actor,
             roles.critic,
             rollout,
@@ -256,13 +302,13 @@ class OurPPO:
             seed=self.iterations,
             began=first,
         )
-        updated = time.process_time()
-        self.iterations += 1
-        return stats | {
-            "cpu_rollout": sampled - began,
-            "cpu_score": scored - sampled,
-            "cpu_update": updated - scored,
-        }
+
+
+def _clocks() -> tuple[float, float]:
+    """(CPU seconds, seconds by the clock), when all that was asked for is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time(), time.perf_counter()
 
 
 def _settings(workload: Workload) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rlhf.config.names import is_hub_model, is_path_like
 from rlhf.config.schema import ModelConfig, RunConfig
 from rlhf.config.trees import at
 from rlhf.errors import UserError
-from rlhf.families import TINY_FAMILIES
+from rlhf.families import FAMILIES, TINY_FAMILIES
 from rlhf.plan.classes import CAUSAL, SEQUENCE, families_with
 from rlhf.plan.files import (
     TOKENIZERS,
@@ -43,6 +43,8 @@ class Use:
     length_setting: str
     ours: bool = False
     """An artifact of ours: whole, and of a family that has trained before."""
+    kernels: bool = False
+    """It is to answer through DeepSpeed's inference kernels."""
 
 
 def check_models(plan: Plan) -> list[Check]:
@@ -94,7 +96,9 @@ def _of_rollout(
     longest += rollout.max_prompt_length or config.step1.max_prompt_length
     key = "step3.rollout.max_prompt_length + step3.rollout.max_new_tokens"
     policy, reward, critic = (f"{stage}'s {role}" for role in ("policy", "reward model", "critic"))
-    yield from _use(parent("sft"), policy, rl.actor.model, CAUSAL, longest, key)
+    kernels = rollout.engine == "hybrid" and rollout.hybrid_kernels
+    for use in _use(parent("sft"), policy, rl.actor.model, CAUSAL, longest, key):
+        yield replace(use, kernels=kernels)
     yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
     yield from _use((rl.critic.model.name, False), critic, rl.critic.model, SEQUENCE, longest, key)
 
@@ -115,7 +119,9 @@ def _problems(name: str, uses: list[Use]) -> Iterator[Check]:
     what, place = f"model {name}", Path(name).expanduser()
     if uses[0].ours:
         if (place / "config.json").is_file():
-            yield from _positions(what, read_config(name), uses)
+            config = read_config(name)
+            yield from _positions(what, config, uses)
+            yield from _kernels(what, config, uses)
         return
     if trouble := _bad_name(name, place):
         yield trouble
@@ -137,6 +143,7 @@ def _problems(name: str, uses: list[Use]) -> Iterator[Check]:
     if faults:
         return
     yield from _positions(what, config, uses)
+    yield from _kernels(what, config, uses)
     if directory := place if place.is_dir() else snapshot(name):
         yield from _files(what, directory, config, whole=place.is_dir())
 
@@ -213,6 +220,16 @@ def _positions(what: str, config: dict[str, Any], uses: list[Use]) -> Iterator[C
             needed = f"at most its {limit} positions"
             remedy = f"lower {use.length_setting} to {limit}, or take a model with more positions"
             yield Check(what, "FAIL", found, needed, remedy, BAD_SETTING)
+
+
+def _kernels(what: str, config: dict[str, Any], uses: list[Use]) -> Iterator[Check]:
+    """With other families DeepSpeed's kernels end the process, or fail in the first forward."""
+    family = FAMILIES.get(config.get("model_type", ""))
+    if any(use.kernels for use in uses) and not (family and family.hybrid_kernels):
+        able = ", ".join(name for name, known in FAMILIES.items() if known.hybrid_kernels)
+        found = f"DeepSpeed's inference kernels fail for the family {config.get('model_type')!r}"
+        remedy = "leave out step3.rollout.hybrid_kernels, or step3.rollout.engine=continuous"
+        yield Check(what, "FAIL", found, f"one of {able} (docs/gpu.md)", remedy, BAD_SETTING)
 
 
 def _files(what: str, place: Path, config: dict[str, Any], whole: bool) -> Iterator[Check]:

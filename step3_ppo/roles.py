@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rlhf import models
 from rlhf.config.schema import ModelConfig, RLConfig
 from rlhf.engine.train import FrozenEngine, TrainEngine
 from rlhf.errors import ConfigError
+from rlhf.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ def load_roles(
         "pad_token_id": tokenizer.pad_token_id,
         "vocab_size": len(tokenizer),
     }
+    if settings.rollout.hybrid_kernels and not torch.cuda.is_available():
+        raise ConfigError(
+            "step3.rollout.hybrid_kernels needs a GPU, and there is none here: leave it out"
+        )
     actor, frozen = settings.actor, settings.reference_engine
     dtype = models.choose_dtype(actor.model.dtype)
     policy = models.load_causal(
@@ -49,6 +56,8 @@ def load_roles(
     rollout = settings.rollout
     longest = (rollout.max_prompt_length or 0) + rollout.max_new_tokens
     models.check_positions(policy, longest)
+    if rollout.hybrid_kernels:
+        _check_family(policy)
     critic_dtype = models.choose_dtype(settings.critic.model.dtype)
     reference: Any
     judge: Any
@@ -109,6 +118,16 @@ def frozen_reward(settings: RLConfig, place: str, tokenizer: Any) -> models.Scal
         pad_token_id=tokenizer.pad_token_id,
         vocab_size=len(tokenizer),
     )
+
+
+def _check_family(policy: Any) -> None:
+    """Raises ConfigError: DeepSpeed's inference kernels are not for this model."""
+    kind = policy.config.model_type
+    if kind not in FAMILIES or not FAMILIES[kind].hybrid_kernels:
+        raise ConfigError(
+            f"step3.rollout.hybrid_kernels: DeepSpeed's inference kernels fail for the family "
+            f"{kind!r} (docs/gpu.md): leave it out"
+        )
 
 
 def _shares(settings: RLConfig, sft: str, reward: str, needs_critic: bool, say: Any) -> bool:

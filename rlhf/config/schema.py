@@ -175,7 +175,7 @@ class RolloutConfig(Section):
         "`continuous`: ours, rows retire at EOS; `hybrid`: DeepSpeed's own; `vllm`: vLLM in the "
         "trainer's process.",
     )
-    hybrid_kernels: bool = doc(False, "With `hybrid`, DeepSpeed's inference kernels (GPU only).")
+    hybrid_kernels: bool = doc(False, "With `hybrid`, DeepSpeed's inference kernels: OPT on a GPU.")
     gather: Literal["auto", "always", "never"] = doc(
         "auto",
         "At ZeRO-3: `always` gathers the whole policy on each rank, once a rollout; `never` layer "
@@ -201,6 +201,15 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"gather 'never' is for engine 'continuous', and {self.engine!r} needs the whole "
                 "policy on each rank: use gather auto, or the engine continuous"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kernels(self) -> RolloutConfig:
+        if self.hybrid_kernels and self.engine != "hybrid":
+            raise ValueError(
+                f"hybrid_kernels is for engine 'hybrid', and does nothing with {self.engine!r}: "
+                "leave it out, or set engine hybrid"
             )
         return self
 

@@ -21,6 +21,14 @@ def announce_compile(offload: str) -> None:
         )
 
 
+def quiet_bf16_optimizer() -> None:
+    """DeepSpeed's optimiser for bfloat16 prints the memory in nine lines for every engine, and
+    resets the GPU's peak by it, which `engine.memory` is to know."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
 def _cache_root() -> Path:
     default = Path.home() / ".cache" / "torch_extensions"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))

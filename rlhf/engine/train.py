@@ -13,7 +13,7 @@ from rlhf import stall
 from rlhf.config.schema import EngineConfig, OptimConfig
 from rlhf.engine import comm
 from rlhf.engine.config import deepspeed_config
-from rlhf.engine.ops import announce_compile
+from rlhf.engine.ops import announce_compile, quiet_bf16_optimizer
 from rlhf.engine.optim import build_optimizer, build_scheduler, param_groups
 from rlhf.engine.zero3 import hidden_size
 from rlhf.errors import Diverged
@@ -89,6 +89,7 @@ class TrainEngine:
         """Names of the parameters in each of the optimiser's groups."""
         optimizer = build_optimizer(groups, optim, offload=engine.offload)
         scheduler = build_scheduler(optimizer, optim, total_steps)
+        quiet_bf16_optimizer()
         self.deepspeed, _, _, self.scheduler = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
         )
@@ -204,6 +205,7 @@ class FrozenEngine:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         config = deepspeed_config(engine, dtype=dtype, trains=False, hidden_size=hidden_size(model))
+        quiet_bf16_optimizer()
         self.deepspeed, *_ = deepspeed.initialize(model=model, config=config)
         self.config = config
         self.module = self.deepspeed.module

@@ -108,3 +108,5 @@ class Family:
     parts: Parts | None = None
     packing: Packing | None = None
     logits: LogitScale | None = None
+    hybrid_kernels: bool = False
+    """DeepSpeed's inference kernels answer as the model does: seen on a GPU (docs/gpu.md)."""

@@ -98,6 +98,7 @@ FAMILY = Family(
     known={f"facebook/opt-{size}": _known(size, *row) for size, row in _KNOWN.items()},
     tiny=_tiny,
     parts=Parts("self_attn", "out_proj", "fc1", "fc2"),
+    hybrid_kernels=True,
     packing=Packing(
         layers="model.decoder.layers",
         embed="model.decoder.embed_tokens",

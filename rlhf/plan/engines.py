@@ -6,7 +6,7 @@ Read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, engine.py) a
 - stages 1 and 2 keep an fp32 master copy also of fp32 weights;
 - in bfloat16 gradients are accumulated in fp32;
 - a reduction copies the gradients of a bucket once more; on a GPU stages 1 and 2 also set aside two
-  whole buckets of 5e8 elements, on a CPU only touched pages count;
+  whole buckets of 5e8 elements (not stage 1 in bfloat16), on a CPU only touched pages count;
 - stage 3 leaves up to 1e9 gathered parameters in place, and its gradient shard stays.
 """
 
@@ -149,7 +149,10 @@ def _stage_1_or_2(
     bucket = float(tuned["reduce_bucket_size"])
     copied = in_bucket * min(float(trained), bucket)
     buffers = 0.0
-    if engine.contiguous_gradients:
+    # Stage 1 in bfloat16 is another optimiser of DeepSpeed's, without buckets (engine.py,
+    # _do_optimizer_sanity_check), unless its state is offloaded.
+    plain = stage == 1 and dtype == "bfloat16" and engine.offload == "none"
+    if engine.contiguous_gradients and not plain:
         buffers = in_bucket * bucket * (2 if engine.overlap_comm else 1)
     if stage == 1:
         gradients = Parts(gradients=accumulated * float(trained))

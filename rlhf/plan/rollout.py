@@ -61,7 +61,10 @@ def generation(role: Role, rl: RLConfig, rows: int, prompt: int, *, on_cpu: bool
     shape, size, rollout = role.shape, role.size, rl.rollout
     slots = min(rollout.batch_size, rows)
     answer = rollout.max_new_tokens
-    spare = min(answer, 64) if rows > slots else 0
+    if on_cpu:
+        spare = min(answer, 64) if rows > slots else 0
+    else:  # columns come 128 at a time (rlhf/rollout/slab.py)
+        spare = -answer % 128 + (128 if rows > slots else 0)
     per_column = 2.0 * shape.layers * shape.kv_width * size
     columns = prompt + answer + spare
     distinct = max(slots // rollout.samples_per_prompt, 1)

@@ -50,14 +50,23 @@ class ContinuousRollout(Rollouts):
 
     Args:
         lean: use packed weights and our own forward where they serve; False: the model's own.
+        graphs: on a GPU, record the steps of our own forward (graphs.py).
         options: see Rollouts.
     """
 
     name = "continuous"
 
-    def __init__(self, engine: Any, tokenizer: Any, *, lean: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Any,
+        *,
+        lean: bool = True,
+        graphs: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__(engine, tokenizer, **options)
-        self.lean = lean
+        self.lean, self.graphs = lean, graphs
         self.stats = RolloutStats()
 
     @torch.no_grad()
@@ -74,7 +83,9 @@ class ContinuousRollout(Rollouts):
         with (
             self.gather(),
             evaluating(self.engine.module),
-            forward_of(model, lean=self.lean, whole=not self.lockstep) as forward,
+            forward_of(
+                model, lean=self.lean, whole=not self.lockstep, graphs=self.graphs
+            ) as forward,
         ):
             while run.turn(forward):
                 pass

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rlhf.engine.zero3 import is_sharded
 from rlhf.rollout.attention import lean_attention
 from rlhf.rollout.generation import base_model
+from rlhf.rollout.graphs import GraphForward
 from rlhf.rollout.lean import Layers, LeanForward
 from rlhf.rollout.packing import packed_linears, weight_and_bias
 from rlhf.rollout.probe import Forward, Way, choose_way
@@ -84,7 +86,7 @@ class RereadForward(ModuleForward):
 
 
 @contextmanager
-def forward_of(model: Any, *, lean: bool, whole: bool) -> Iterator[Forward]:
+def forward_of(model: Any, *, lean: bool, whole: bool, graphs: bool = True) -> Iterator[Forward]:
     """The fastest forward for a model whose weights do not change inside, of those that are right:
     each is tried on a few tokens before it is used (probe.py).
 
@@ -92,13 +94,18 @@ def forward_of(model: Any, *, lean: bool, whole: bool) -> Iterator[Forward]:
         lean: False: the model's own forward and weights, nothing of ours but the attention.
         whole: the weights are all here; False under ZeRO-3 without gathering, where the model's
             own modules must run so that they can be gathered.
+        graphs: on a GPU, steps of our own forward as CUDA graphs (graphs.py).
 
     Raises:
         ConfigError: no way to run this family over left-padded rows gives its own numbers.
     """
     ways: dict[str, Way] = {}
     if lean and whole:
-        ways["packed"] = _packed_way
+        # Not below ZeRO-3's hooks, which wait for streams of their own.
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        if graphs and on_gpu and not is_sharded(model.parameters()):
+            ways["packed, its steps recorded"] = _packed_way(graphs=True)
+        ways["packed"] = _packed_way(graphs=False)
     if not getattr(base_model(model), "_is_stateful", False):
         ways |= {"cached": _cached_way(lean and whole, ours=True)}
         ways |= {"cached by its own attention": _cached_way(lean and whole, ours=False)}
@@ -108,16 +115,19 @@ def forward_of(model: Any, *, lean: bool, whole: bool) -> Iterator[Forward]:
         yield forward
 
 
-@contextmanager
-def _packed_way(model: Any) -> Iterator[Forward | None]:
-    ours = LeanForward.of(model)
-    if ours is None:
-        yield None
-        return
-    head = model.get_output_embeddings()
-    plain = weight_and_bias(head) is not None  # `ours` has packed it
-    with nullcontext() if plain else packed_linears(head):
-        yield ours
+def _packed_way(*, graphs: bool) -> Way:
+    @contextmanager
+    def way(model: Any) -> Iterator[Forward | None]:
+        ours = LeanForward.of(model)
+        if ours is None:
+            yield None
+            return
+        head = model.get_output_embeddings()
+        plain = weight_and_bias(head) is not None  # `ours` has packed it
+        with nullcontext() if plain else packed_linears(head):
+            yield GraphForward(ours) if graphs else ours
+
+    return way
 
 
 def _cached_way(packed: bool, *, ours: bool) -> Way:

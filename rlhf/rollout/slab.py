@@ -5,7 +5,7 @@ left padding before them is masked, so rows that joined at different times sit s
 the masked prefix differs. Layers are full length; sliding windows come from the mask that
 transformers builds.
 
-Columns are added GROW at a time, and those that no live row needs are dropped then: the cache is
+Columns are added some at a time, and those that no live row needs are dropped then: the cache is
 moved once in so many steps, and stays dense. On CPU that matters: products of batches in half
 precision copy an operand that is a slice of a longer one, and each new length is another product to
 compile (oneDNN: 0.5 MB a shape): there attention reads all allocated columns, hidden ones masked.
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# Columns allocated ahead.
-GROW = 32
+# Columns allocated ahead. A GPU records its steps anew when the cache moves (graphs.py).
+GROW, GROW_ON_GPU = 32, 128
 Pairs = Sequence[tuple[Tensor, Tensor]]  # keys and values (B, heads, T, dim) of each layer
 
 
@@ -117,7 +117,8 @@ class Slab:
         half = keys.dtype in (torch.bfloat16, torch.float16)
         self.span = Span(dense=half and keys.device.type == "cpu")
         self._slots = slots
-        columns = keys.shape[2] + GROW
+        self._grow = GROW_ON_GPU if keys.device.type == "cuda" else GROW
+        columns = keys.shape[2] + self._grow
         self.layers = [SlabLayer(pair, slots, columns, self.span) for pair in prefilled]
         self.cache = Cache(layers=list(self.layers))
         self._first = torch.zeros(slots, dtype=torch.long, device=keys.device)
@@ -130,6 +131,11 @@ class Slab:
         span = self.span
         visible = self._visible[: span.rows, span.read()]
         return visible & (self._column <= span.end) if span.dense else visible
+
+    def seen(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(rows, columns) bool, which of all allocated columns the first rows see, those to come
+        included; and the columns' numbers. They are the slab's own until it moves."""
+        return self._visible[:rows], self._column
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """(rows, 1, columns) to add to the next token's scores over `SlabLayer.flat`: 0 where
@@ -163,8 +169,8 @@ class Slab:
     def make_room(self) -> None:
         """Ensure a free column."""
         span = self.span
-        if span.end == len(self._column) or span.start > GROW:
-            self._resize(span.end - span.start + GROW)
+        if span.end == len(self._column) or span.start > self._grow:
+            self._resize(span.end - span.start + self._grow)
 
     def retire(self, holes: Tensor, movers: Tensor, remaining: int) -> None:
         """Keep `remaining` rows: copy the rows `movers` into the rows `holes`, drop the tail."""

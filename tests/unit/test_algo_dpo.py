@@ -1,4 +1,4 @@
-"""DPO's loss (ALGORITHM.md 39): by hand, by an independent formula, and by what its gradient does."""
+"""DPO's loss (ALGORITHM.md 39): by hand, as trl writes it, and by what its gradient does."""
 
 from __future__ import annotations
 

@@ -202,6 +202,22 @@ def test_a_reward_model_needs_its_class(tmp_path: Path) -> None:
     assert any(said in check.line() for check in found)
 
 
+def test_deepspeeds_kernels_are_for_opt_alone() -> None:
+    """Elsewhere they end the process without a word (docs/gpu.md): said before anything starts."""
+    asked = ["step3.rollout.engine=hybrid", "step3.rollout.hybrid_kernels=true"]
+
+    def found(model: str, *settings: str) -> list[Check]:
+        options = parse_options(["--actor-model", model, "--reward-model", "tiny:opt", *settings])
+        return [c for c in check_models(make_plan(options)) if c.state == "FAIL"]
+
+    assert not found("tiny:opt", *asked)
+    assert not found("tiny:llama")
+    (check,) = found("tiny:llama", *asked)
+    assert check.exit_code == BAD_SETTING
+    assert "kernels fail for the family 'llama'" in check.line()
+    assert "leave out step3.rollout.hybrid_kernels" in check.line()
+
+
 def test_the_tables_are_transformers_own() -> None:
     from transformers.models.auto import modeling_auto
 

@@ -283,6 +283,12 @@ def test_origins_follow_the_file(tmp_path: Path) -> None:
     assert origins == {"seed": str(base), "name": str(path)}
 
 
+def test_kernels_are_the_hybrid_engines() -> None:
+    assert RolloutConfig(engine="hybrid", hybrid_kernels=True).hybrid_kernels
+    with pytest.raises(ValueError, match=r"does nothing with 'continuous'.*set engine hybrid"):
+        RolloutConfig(hybrid_kernels=True)
+
+
 def test_an_importance_cap_needs_an_engine_that_rounds_differently() -> None:
     vllm = {"engine": "vllm", "importance_cap": 2.0}
     assert RolloutConfig(**vllm).importance_cap == 2.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -148,6 +149,8 @@ def test_commands_exist(page: Path, command: list[str]) -> None:
         check_step_script(words)
     elif words[:2] == ["pip", "install"]:
         check_pip(words[2:])
+    elif words[0].endswith(".sh"):
+        assert os.access(ROOT / words[0], os.X_OK), f"{name(page)}: {words[0]}"
     else:
         assert words[0] in ("pytest", "pre-commit"), f"{name(page)}: what is {words[0]}?"
 

@@ -356,6 +356,23 @@ ADAPTED = {f"{place}.lora.rank": 4
 GROUPS = {"step3.algorithm": "grpo", "step3.rollout.samples_per_prompt": 2}
 
 
+# Measured on one H200: docs/gpu.md has the cases. (dtype, ZeRO stage), parameters, MB.
+@pytest.mark.parametrize(
+    ("dtype", "stage", "buckets"),
+    [("bfloat16", 0, 0), ("bfloat16", 1, 0), ("bfloat16", 2, 2e9), ("float16", 1, 2e9),
+     ("float32", 0, 0), ("float32", 1, 4e9)],
+)  # fmt: skip
+def test_which_of_deepspeeds_optimisers_sets_buckets_aside(
+    dtype: str, stage: int, buckets: float
+) -> None:
+    """On a GPU: two of 5e8 elements; stage 1 in bfloat16 is another optimiser, without them."""
+    made = engine_bytes(
+        EngineConfig(zero_stage=stage), dtype=dtype, world=1, total=10**6, trained=10**6,
+        largest=1, on_cpu=False,
+    )  # fmt: skip
+    assert made.backward.communication == buckets
+
+
 @pytest.mark.parametrize(
     ("changes", "shared"),
     [
