@@ -10,7 +10,7 @@ from typing import Any
 from launch.options import Options
 from rlhf.config.migrate import changes
 from rlhf.config.names import absolute_if_local, is_path_like
-from rlhf.config.resolve import decisive, section_of
+from rlhf.config.resolve import decisive, parents_of, section_of
 from rlhf.config.schema import ResolvedStep
 from rlhf.config.trees import flatten
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
@@ -49,10 +49,10 @@ def find_parents(options: Options, step: int, done: Mapping[int, Manifest | None
 
     Raises RequirementError or ArtifactError naming the command that makes what is missing.
     """
-    names = ("sft", "reward")[: step - 1]
+    names = parents_of(options.config, step)
     found = [_find(options, step, name, done) for name in names]
     parents = [parent for parent in found if parent is not None]
-    if step == 3:
+    if step == 3 and len(parents) == 2:
         check_tokenizers(*parents)
         check_descent(*parents)
     return parents

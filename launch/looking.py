@@ -1,6 +1,6 @@
 """What needs more than the driver has, asked in processes of their own: data, a user's judge.
 
-`python -m rlhf.data.preview` opens the data, `python -m rlhf.data.judges` a judge. Both run in the
+`python -m rlhf.data.preview` opens the data, `python -m rlhf.rewards` judges and rewards. Both run in the
 environment of the step's processes and without torch.
 """
 
@@ -84,19 +84,31 @@ def _problem(one: Any) -> Check:
     )  # fmt: skip
 
 
-def _judge(plan: Plan) -> list[Check]:
-    """The judge of step 3's verdict, where the settings name one."""
+def _functions(plan: Plan) -> list[Check]:
+    """The judge of step 3's verdict and the functions of its reward, where the settings name any."""
     item = next((item for item in plan.steps if item.step == 3 and not item.done), None)
-    name = item.resolved.config.step3.eval.judge if item else None
-    if item is None or not name:
+    if item is None:
         return []
-    answer, trouble = _ask(item, ["rlhf.data.judges", name], JUDGE_SECONDS)
+    config = item.resolved.config
+    keep, judge = config.data.keep_columns, config.step3.eval.judge
+    terms = [term.model_dump() for term in config.step3.rewards if term.use != MODEL]
+    checks = []
+    if judge:
+        checks.append(_called(item, "step3.eval.judge", judge, {"judge": judge, "keep": keep}))
+    for term in terms:
+        checks.append(
+            _called(item, "step3.rewards", term["use"], {"terms": [term], "keep": keep})
+        )
+    return checks
+
+
+def _called(item: StepPlan, setting: str, name: str, what: dict[str, Any]) -> Check:
+    answer, trouble = _ask(item, ["rlhf.rewards", json.dumps(what)], JUDGE_SECONDS)
     if answer is None:
-        return [Check("step3.eval.judge", "FAIL", f"{name!r} could not be imported: {trouble}")]
+        return Check(setting, "FAIL", f"{name!r} could not be imported: {trouble}")
     if answer["problem"]:
-        code = answer["exit_code"]
-        return [Check("step3.eval.judge", "FAIL", answer["problem"], exit_code=code)]
-    return [Check("step3.eval.judge", "ok", f"{name} can be imported and called")]
+        return Check(setting, "FAIL", answer["problem"], exit_code=answer["exit_code"])
+    return Check(setting, "ok", f"{name} can be imported and called")
 
 
 def _ask(

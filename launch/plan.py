@@ -204,7 +204,10 @@ def _origin(item: StepPlan) -> str:
     parents = item.resolved.parents
     if item.step == 2:
         return config.step2.model.name or parents["sft"]
-    return f"{parents['sft']}, rewarded by {parents['reward']}"
+    rewards = [
+        str(parents["reward"]) if term.use == MODEL else term.use for term in config.step3.rewards
+    ]
+    return f"{parents['sft']}, rewarded by {' + '.join(rewards)}"
 
 
 def _batches(resolved: ResolvedStep) -> str:

@@ -33,6 +33,15 @@ MODEL_FROM: dict[int, dict[str, str]] = {
     2: {"step2.model.name": "sft"},
     3: {"step3.actor.model.name": "sft", "step3.critic.model.name": "reward"},
 }
+
+
+def parents_of(config: RunConfig, step: int) -> tuple[str, ...]:
+    """The artifacts that a step builds on."""
+    if step == 3 and not config.step3.uses_reward_model:
+        return ("sft",)
+    return ("sft", "reward")[: step - 1]
+
+
 STEP_OF = {"sft": "step 1", "reward": "step 2"}
 # What a batch is made of: step -> (rows per optimiser step, rows per forward pass and rank)
 BATCH_KEYS = {

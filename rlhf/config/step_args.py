@@ -16,7 +16,7 @@ from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value
 from rlhf.config.load import build_config, load_config, read_yaml, with_values
 from rlhf.config.migrate import migrated
 from rlhf.config.removed import remedy
-from rlhf.config.resolve import check_batches, refuse_redacted, resolve_step
+from rlhf.config.resolve import check_batches, parents_of, refuse_redacted, resolve_step
 from rlhf.config.schema import ResolvedStep
 from rlhf.config.trees import flatten, nest
 from rlhf.errors import ConfigError
@@ -126,7 +126,7 @@ def _load(path: Path, step: int, values: dict[str, Any], parents: dict[str, str]
     content = _read(path)
     if "config" not in content:
         config = load_config(path, values)
-        missing = [name for name in PARENTS[: step - 1] if name not in parents]
+        missing = [name for name in parents_of(config, step) if name not in parents]
         if step == 2 and config.step2.model.name is not None:
             missing = []
         if missing:
