@@ -22,6 +22,7 @@ from launch.looking import look_at_data
 from launch.options import Options, parse_options
 from launch.plan import Plan, describe, make_plan, plan_json
 from launch.records import record_plan
+from launch.requeue import requeue_own_job
 from rlhf.config.show import config_yaml, json_schema
 from rlhf.errors import UserError
 from rlhf.home import ensure_home
@@ -30,7 +31,7 @@ from rlhf.redact import printable, redact, redact_tree
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 done, 1 a step failed, 2 bad usage, 3 something is missing, 129,
-    130 or 143 stopped by SIGHUP, SIGINT or SIGTERM."""
+    130, 138 or 143 stopped by SIGHUP, SIGINT, SIGUSR1 or SIGTERM."""
     console.protect()
     previous = {number: signal.signal(number, _as_interrupt) for number in _stop_signals()}
     try:
@@ -41,11 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(redact(f"error: {error}")), file=sys.stderr)
         return error.exit_code
     except execute.Interrupted as error:
-        print(f"interrupted: {error}", file=sys.stderr)
-        return 128 + error.number
+        return _interrupted(error.number, f": {error}")
     except KeyboardInterrupt as interrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return _interrupted(interrupt.args[0] if interrupt.args else signal.SIGINT)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -132,9 +131,17 @@ def show_verdict(plan: Plan) -> None:
     print(f"\nThe run is in {plan.run.path}")
 
 
+def _interrupted(number: int, why: str = "") -> int:
+    """The exit code; a job of Slurm that is at the end of its time comes back."""
+    print(f"interrupted{why}", file=sys.stderr, flush=True)
+    if told := requeue_own_job(number, os.environ):
+        print(told, file=sys.stderr, flush=True)
+    return 128 + number
+
+
 def _stop_signals() -> list[signal.Signals]:
     """Besides SIGINT. A signal that is ignored (nohup) stays ignored."""
-    known = (signal.SIGTERM, signal.SIGHUP)
+    known = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
 
 

@@ -20,6 +20,7 @@ from launch.plan import StepPlan
 from launch.ports import free_port, port_problem
 from launch.records import record_step
 from launch.spec import LaunchSpec
+from launch.standstill import Standstill
 from launch.supervise import GRACE_SECONDS, Outcome, supervise
 from rlhf.errors import ArtifactError, RequirementError
 from rlhf.redact import HIDDEN_SETTINGS
@@ -57,7 +58,9 @@ def launch(
     log = logs / spec.log_name
     with disk_errors(log, RequirementError), open_own(log, "a") as stream:
         stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.argv}\n")
-    grace = item.resolved.config.launch.grace_seconds
+    settings = item.resolved.config.launch
+    grace = settings.grace_seconds
+    still = Standstill(logs, settings.stall_timeout, settings.collective_timeout)
     with nodes.prepared(spec, logs, grace) as (ready, heart):
         outcome = supervise(
             ready,
@@ -66,6 +69,7 @@ def launch(
             on_interrupt=lambda: say_interrupted(item),
             keep=() if lock is None else (lock,),
             heart=heart,
+            still=None if heart else still,
         )
     if heart:
         outcome = replace(outcome, spread=True, lost=heart.lost or outcome.lost)

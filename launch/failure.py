@@ -168,8 +168,10 @@ def remedy(step: int, outcome: Outcome, records: list[Record], output: str) -> s
 
 def was_killed(outcome: Outcome, records: list[Record], output: str) -> bool:
     """Was one of its processes killed (SIGKILL) from outside?"""
+    if outcome.lost:  # by this driver
+        return False
     # On several nodes it is the launcher's code, and says nothing of the ranks.
-    alone = not (outcome.spread or outcome.lost) and outcome.code == -signal.SIGKILL
+    alone = not outcome.spread and outcome.code == -signal.SIGKILL
     return alone or bool(not _causes(records) and _KILLED.search(output))
 
 

@@ -30,6 +30,7 @@ class RankFile:
     host: str
     count: int = 0
     ended: bool = False
+    pid: int = 0
 
 
 def read_ranks(logs: Path, ending: str) -> dict[int, RankFile]:
@@ -41,7 +42,8 @@ def read_ranks(logs: Path, ending: str) -> dict[int, RankFile]:
             rank = int(content["rank"])
             # The time changes with each sign of life, also where a full disk allows no writing.
             count, ended = path.stat().st_mtime_ns, bool(content.get("ended"))
-            found[rank] = RankFile(rank, str(content["host"]), count, ended)
+            pid = int(content.get("pid", 0))
+            found[rank] = RankFile(rank, str(content["host"]), count, ended, pid)
     return found
 
 

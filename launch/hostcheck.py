@@ -8,13 +8,14 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launch import probe
-from launch.checks import Check, judge
+from launch.checks import BAD_SETTING, Check, judge
 from launch.forward import forwarded
 from launch.memory import memory_check
 from launch.nodes import on_host
@@ -47,9 +48,31 @@ def on_hosts(plan: Plan) -> list[Check]:
     checks = []
     for host, answer in zip(hosts, answers, strict=True):
         checks += host_checks(plan, host, answer, local, host in wrote)
+    checks.append(same_machine(dict(zip(hosts, answers, strict=True))))
     if not any(check.state == "FAIL" for check in checks):
         checks.append(reduce_over_hosts(plan))
     return checks
+
+
+def same_machine(answers: Mapping[str, dict[str, Any]]) -> Check:
+    """A machine under two names would start two ranks on one GPU."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for host, answer in answers.items():
+        if answer.get("machine"):
+            names.setdefault(tuple(answer["machine"]), []).append(host)
+    twice = [same for same in names.values() if len(same) > 1]
+    told = "; ".join(
+        f"{' and '.join(same)} are one machine ({answers[same[0]]['hostname']})" for same in twice
+    )
+    kept = twice[0][0] if twice else ""
+    return judge(
+        "each host a machine of its own",
+        not twice,
+        told or f"{len(answers)}",
+        "no machine under two names",
+        f"keep one name in the hostfile, with slots for all of its processes (`{kept} slots=N`)",
+        exit_code=BAD_SETTING,
+    )
 
 
 def question(plan: Plan, host: str, mark: str) -> dict[str, Any]:

@@ -92,6 +92,26 @@ def port_problem(port):
             return os.strerror(error.errno or 0)
 
 
+def machine():
+    """What tells this machine, or container, from any other: its boot (or its id), its network and
+    its processes. None: it cannot be known."""
+    known = None
+    for place in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
+        try:
+            known = known or Path(place).read_text().strip()
+        except OSError:
+            continue
+    if not known:
+        return None
+    spaces = []
+    for name in ("net", "pid"):
+        try:
+            spaces.append(os.readlink(f"/proc/self/ns/{name}"))
+        except OSError:
+            spaces.append("")
+    return [known, *spaces]
+
+
 def own_address():
     """What this host's own name means to it."""
     try:
@@ -105,6 +125,7 @@ def main(asked):
     return {
         "time": time.time(),
         "hostname": socket.gethostname(),
+        "machine": machine(),
         "address": own_address(),
         "python": ".".join(map(str, sys.version_info[:3])),
         "packages": versions(asked["packages"]),

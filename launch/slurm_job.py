@@ -3,7 +3,8 @@
     python slurm_job.py SCRIPT [NAME...]
 
 NAME: variables of this shell that the job gets, by name; none other is passed on. On SIGTERM and
-SIGINT the job is cancelled.
+SIGINT the job is cancelled. A job that is requeued (a time limit, a preemption) is waited for; each
+attempt has files of its own in the step's logs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ENDED = {
     "DEADLINE", "PREEMPTED", "REVOKED",
 }  # fmt: skip
 POLL_SECONDS = 1.0
+REQUEUE_POLLS = 10
 
 
 def submit(script: str, names: list[str]) -> str:
@@ -55,22 +57,52 @@ def follow(path: Path, seen: int) -> int:
     return seen + len(text)
 
 
-def wait(job: str) -> int:
+class Output:
+    """What a job prints: the script's own file, and one for the ranks of each attempt."""
+
+    def __init__(self, job: str, logs: Path) -> None:
+        self.job, self.logs, self.attempt = job, logs, 0
+        self._seen: dict[Path, int] = {}
+
+    def show(self, script: str) -> None:
+        """What is new."""
+        ranks = self.logs / f"slurm-{self.job}.attempt{self.attempt}.out"
+        for path in (Path(script), ranks) if script else (ranks,):
+            self._seen[path] = follow(path, self._seen.get(path, 0))
+
+    def next(self, attempt: int) -> None:
+        """The job has been requeued: signs of life and failures of the ranks that are gone are no
+        longer those of the step."""
+        for path in self.logs.glob("rank*.alive"):
+            path.unlink(missing_ok=True)
+        for path in self.logs.glob("rank*.failure.json"):
+            rank = path.name.partition(".")[0]
+            path.replace(path.with_name(f"{rank}.attempt{self.attempt}.failed.json"))
+        self.attempt = attempt
+
+
+def wait(job: str, logs: Path) -> int:
     """The job's exit code when it has ended."""
-    seen, shown, silent = 0, "", 0
+    output, shown, silent, ended = Output(job, logs), "", 0, 0
     while True:
         fields = state_of(job)
         silent = 0 if fields else silent + 1
         if silent > 60:
             sys.exit(f"slurm job {job}: scontrol has not answered for {silent} s")
         state = fields.get("JobState", shown)
+        output.show(fields.get("StdOut", ""))
+        if (attempt := int(fields.get("Restarts", output.attempt))) != output.attempt:
+            output.next(attempt)
+            shown = ""
+            print(f"slurm job {job}: requeued; attempt {attempt} is to come", flush=True)
         if state != shown:
             why = f" ({fields['Reason']})" if fields.get("Reason", "None") != "None" else ""
             print(f"slurm job {job}: {state.lower()}{why}", flush=True)
             shown = state
-        if "StdOut" in fields:
-            seen = follow(Path(fields["StdOut"]), seen)
-        if state in ENDED:
+        ended = ended + 1 if state in ENDED else 0
+        # Of a job that it requeues, Slurm says for a moment that it failed or was preempted.
+        patient = state != "COMPLETED" and fields.get("Requeue") == "1"
+        if ended > (REQUEUE_POLLS if patient else 0):
             code, _, number = fields.get("ExitCode", "1:0").partition(":")
             if state == "COMPLETED" and (code, number) == ("0", "0"):
                 return 0
@@ -90,7 +122,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, cancel)
     job = submit(argv[1], argv[2:])
     print(f"slurm job {job}: submitted {argv[1]}", flush=True)
-    return wait(job)
+    return wait(job, Path(argv[1]).with_name("logs"))
 
 
 if __name__ == "__main__":

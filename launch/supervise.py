@@ -11,19 +11,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from launch import guard
 from launch.heartbeat import Heartbeat
 from launch.spec import LaunchSpec
+from launch.standstill import Standstill
 from rlhf.redact import RedactedStream
 from rlhf.store.files import open_own, room_remedy
 
 GRACE_SECONDS = 15.0
 TAIL_BYTES = 200_000
 LOOK_SECONDS = 0.5  # how often it is asked whether the guard lives
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,19 @@ def supervise(
     on_interrupt: Callable[[], None] = lambda: None,
     keep: Sequence[int] = (),
     heart: Heartbeat | None = None,
+    still: Standstill | None = None,
 ) -> Outcome:
     """Runs the command until it and everything that it started has ended.
 
     The guard that sees to it has the descriptors `keep` open until then, the command has not.
 
-    Call from the main thread: it takes SIGINT, SIGTERM and SIGHUP meanwhile. The first one asks the
+    Call from the main thread: it takes the signals of _FORWARDED meanwhile. The first one asks the
     command's processes to end and they are killed after `grace` seconds; a second one kills now.
     With a heart (processes on other nodes) the first one reaches all ranks through it, so that all
     save together; it ends the launcher when their time is over.
 
     Where the guard itself is killed, this process inherits the command and ends it the same way.
+    Where a process stands still (`still`), all are told to save and end.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -94,7 +98,10 @@ def supervise(
                 heart.launched(child.terminate)
             heir.attach(child, grace, heart)
             state.attach(child, on_interrupt, heart, heir)
-            _tee(child, record, console or _console(), state, heir)
+            look = (
+                (lambda: None) if still is None else partial(still.look, child.pid, child.terminate)
+            )
+            _tee(child, record, console or _console(), state, heir, look)
             code = child.wait()
             heir.end()
     return Outcome(
@@ -104,7 +111,7 @@ def supervise(
         log=log,
         log_start=start,
         unlogged=bytes(record.unlogged),
-        lost=heir.why,
+        lost=heir.why or (still.why if still else ""),
     )
 
 
@@ -272,6 +279,7 @@ def _tee(
     console: BinaryIO | None,
     state: _State,
     heir: _Heir,
+    look: Callable[[], None],
 ) -> None:
     """Bytes as they come, so that a progress line's `\\r` works. After an interrupt: log only."""
     assert child.stdout is not None
@@ -281,6 +289,7 @@ def _tee(
         ended = False
         while not ended:
             heir.look()
+            look()
             if not select.select([descriptor], [], [], LOOK_SECONDS)[0]:
                 continue
             chunk = os.read(descriptor, 65536)

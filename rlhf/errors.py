@@ -39,6 +39,12 @@ class Diverged(UserError):
         self.tensors = dict(tensors or {})
 
 
+class Corrupted(UserError):
+    """Weights in memory, or what a processor computes from them, are not what they must be."""
+
+    exit_code = 1
+
+
 class ConfigError(UserError):
     """Bad usage or configuration."""
 

@@ -234,7 +234,8 @@ def run_step(step: int, main: Callable[[StepRun], None]) -> None:
 
 
 def _take_signals(run: StepRun) -> None:
-    """SIGTERM and SIGINT: the training loop saves and stops; elsewhere the process ends at once.
+    """SIGTERM, SIGINT and SIGUSR1 (Slurm's word before the end of a job's time): the training loop
+    saves and stops; elsewhere the process ends at once.
 
     Launchers repeat SIGTERM, so only a second SIGINT (a person's) is taken as impatience.
     """
@@ -248,7 +249,7 @@ def _take_signals(run: StepRun) -> None:
                 os.write(2, f"stopped by {name} in: {run.phase_name}\n".encode())
             os._exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays ignored
             signal.signal(number, stop)
 

@@ -11,7 +11,8 @@ A killed driver, pdsh or deepspeed leaves the ranks on other hosts running: noth
 each rank reads the driver's count in a thread, and ends when it says so or stands still.
 
 On the driver's own machine a rank watches the guard (launch/guard.py), whose children all of them
-are: when it is gone, killed too, the rank saves and ends by itself.
+are: when it is gone, killed too, the rank saves and ends by itself. Its signs of life are there for
+the driver, which looks for ranks that stand still (launch/standstill.py).
 Standard library only.
 """
 
@@ -71,6 +72,7 @@ class Lifeline:
         self.timeout = float(environ.get(HEARTBEAT, "0"))
         self.guard = environ.get(GUARD, "")
         self.grace = float(environ.get(GRACE, "15"))
+        self._guarded = bool(boot()) and self.guard.endswith(boot())
         self._ending = threading.Event()
         self._checked = time.monotonic()
         self._count = 0
@@ -78,7 +80,8 @@ class Lifeline:
     def start(self) -> None:
         """Removes an earlier marker; watches the driver if it says that it can be watched."""
         self.done.unlink(missing_ok=True)
-        if self.guard.endswith(boot()) and boot():
+        if self._guarded:
+            self._sign()
             threading.Thread(target=self._watch_guard, daemon=True, name="lifeline-guard").start()
         if self.timeout > 0:
             self._sign()
@@ -91,7 +94,7 @@ class Lifeline:
         self._ending.set()
         if finished:
             write(self.done, {"rank": self.rank, "host": socket.gethostname(), "time": time.time()})
-        if self.timeout > 0:
+        if self.timeout > 0 or self._guarded:
             self._sign(ended=True)
 
     def _sign(self, ended: bool = False) -> None:
@@ -122,6 +125,8 @@ class Lifeline:
         while is_alive(self.guard):
             if self._ending.wait(INTERVAL_SECONDS):
                 return
+            if self.timeout == 0:  # else the other thread does
+                self._sign()
         os.kill(os.getpid(), signal.SIGTERM)  # the training loop saves; elsewhere this ends it
         if not self._ending.wait(self.grace):
             self._leave(f"its guard (process {self.guard.split()[0]}) is gone")

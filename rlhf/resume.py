@@ -13,7 +13,9 @@ import torch
 
 from rlhf.config.resolve import decisive
 from rlhf.engine import checkpoint, comm
-from rlhf.engine.train import TrainEngine
+from rlhf.engine.ema import WeightEMA
+from rlhf.engine.integrity import Integrity
+from rlhf.engine.train import FrozenEngine, TrainEngine
 from rlhf.errors import ArtifactError, ConfigError, RequirementError, UserError
 from rlhf.harness import StepRun, Stopped, put_away
 from rlhf.redact import redact_tree
@@ -41,6 +43,7 @@ class Keeper:
         engines: name -> engine whose weights and optimiser are state.
         parts: name -> other state of this rank (sampling, averages, KL controller).
         data_fingerprint: of the rows that are trained on.
+        frozen: name -> engine that only reads; its weights are looked after.
 
     A checkpoint holds these, every rank's random generators and the loop's own state.
     """
@@ -52,6 +55,7 @@ class Keeper:
         parts: Mapping[str, Stateful] | None = None,
         *,
         data_fingerprint: str,
+        frozen: Mapping[str, FrozenEngine] | None = None,
     ) -> None:
         self.run, self.engines, self.parts = run, dict(engines), dict(parts or {})
         self.settings = run.config.checkpoint
@@ -64,6 +68,12 @@ class Keeper:
         # What is written already is not lost when the step fails right after it.
         run.at_end.append(self._end)
         self._saved_at = time.monotonic()
+        self._integrity = None
+        if self.settings.check_every:
+            averages = {n: p for n, p in self.parts.items() if isinstance(p, WeightEMA)}
+            self._integrity = Integrity(
+                self.engines, frozen or {}, lambda text: run.say(text), averages
+            )
 
     def restore(self) -> dict[str, Any]:
         """The loop's state at the newest checkpoint that verifies; {} where there is none.
@@ -110,9 +120,13 @@ class Keeper:
         """Call after each optimiser step or iteration, all of its figures logged.
 
         Saves when it is time, at the end of a long training (`last`), and when the run is told to
-        stop; then raises Stopped.
+        stop; then raises Stopped. Before that, and every `checkpoint.check_every`, it looks for
+        weights that changed by themselves; raises Corrupted.
         """
         stop, due = self._agree(position, last)
+        every = self.settings.check_every
+        if self._integrity and (due or stop or last or position % every == 0):
+            self._integrity.check(position)
         if due or stop:
             self._save(position, state, metrics_bytes)
         if stop:

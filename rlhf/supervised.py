@@ -12,6 +12,7 @@ from rlhf.data import StageData
 from rlhf.engine.train import TrainEngine
 from rlhf.harness import StepRun
 from rlhf.resume import Keeper
+from rlhf.stragglers import Stragglers
 
 Figures = dict[str, float]  # what was measured; an evaluation on no rows has none
 COUNTS = ("tokens", "pairs")
@@ -80,13 +81,20 @@ class Supervised:
             if not state:
                 state = {"step": 0, "evaluation": {}, "before": self.measure(0, tracker)}
                 bar.write(self.told("before training", state["before"]))
-            last = self.train(total, state, keeper, tracker, bar)
+            pace = Stragglers.of(run)
+            last = self.train(total, state, keeper, tracker, bar, pace)
         # A checkpoint of an earlier version has no "before", and the model that it was is gone.
         before = state.get("before", {})
         return last | {f"{name}_before": before[name] for name in self.compared if name in before}
 
     def train(
-        self, total: int, state: dict[str, Any], keeper: Keeper, tracker: Any, bar: Any
+        self,
+        total: int,
+        state: dict[str, Any],
+        keeper: Keeper,
+        tracker: Any,
+        bar: Any,
+        pace: Stragglers,
     ) -> Figures:
         """The steps after `state["step"]`; returns the last evaluation."""
         places = [
@@ -97,10 +105,15 @@ class Supervised:
         done, evaluation = state["step"], state["evaluation"]
         log_every, eval_every = self.settings.log_every, self.settings.eval_every
         for step, (epoch, index, is_last) in enumerate(places[done:total], done + 1):
-            stats = self.step([self.collate(rows) for rows in self.plans[epoch][index]])
+            pace.skip()
+            batches = [self.collate(rows) for rows in self.plans[epoch][index]]
+            pace.lap("data")
+            stats = self.step(batches)
+            pace.lap("update")
             bar.update(1, **{name: stats[name] for name in self.shown})
             if step % log_every == 0 or step == total:
-                tracker.log({f"train/{key}": value for key, value in stats.items()}, step)
+                figures = {f"train/{key}": value for key, value in stats.items()}
+                tracker.log(figures | pace.figures(step), step)
             ends_epoch = is_last or step == total
             if ends_epoch or (eval_every and step % eval_every == 0):
                 evaluation = self.measure(step, tracker)

@@ -21,6 +21,7 @@ from rlhf.engine import comm
 from rlhf.engine.memory import peak_since_last
 from rlhf.models import last_tokens, last_values
 from rlhf.rollout import RolloutRequest, SamplingConfig
+from rlhf.stragglers import Stragglers
 from step3_ppo.roles import Roles
 from step3_ppo.rollout import Rollout
 
@@ -198,9 +199,12 @@ def correct_sampler(rollout: Rollout, cap: float | None) -> tuple[Rollout, dict[
 
 
 class Clock:
-    """Seconds and peak memory of named phases, this rank's."""
+    """Seconds and peak memory of named phases, this rank's; `pace` compares ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Stragglers | None = None) -> None:
+        self._pace = pace
+        if pace is not None:
+            pace.skip()
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
         peak_since_last()
@@ -211,3 +215,5 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self.peaks[name] = max(self.peaks.get(name, 0.0), peak_since_last())
         self._last = now
+        if self._pace is not None:
+            self._pace.lap(name)

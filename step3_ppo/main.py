@@ -23,6 +23,7 @@ from rlhf.evaluation.reward_model import judge_reward_model
 from rlhf.harness import StepRun, run_step
 from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
+from rlhf.stragglers import Stragglers
 from step3_ppo.answers import answer_ids
 from step3_ppo.cast import live_cast, metrics_of
 from step3_ppo.conclude import publish
@@ -67,7 +68,10 @@ def main(run: StepRun) -> None:
 
     with run.phase("train"):
         trainer = Trainer(run, roles, tokenizer, prompts, per_iteration, iterations, world)
-        keeper = Keeper(run, trainer.engines, trainer.parts, data_fingerprint=rows.fingerprint)
+        frozen = {"reference": roles.reference, "reward model": roles.reward}
+        keeper = Keeper(
+            run, trainer.engines, trainer.parts, data_fingerprint=rows.fingerprint, frozen=frozen
+        )
         trainer.iteration = done = keeper.restore().get("iteration", 0)
         _train(run, trainer, keeper, done)
 
@@ -81,6 +85,7 @@ def main(run: StepRun) -> None:
 def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
     """All iterations that are left; logs and saves."""
     settings, iterations = run.config.step3, trainer.iterations
+    trainer.pace = pace = Stragglers.of(run)
     with (
         track.open_tracker(
             run.config.track,
@@ -102,7 +107,7 @@ def _train(run: StepRun, trainer: Trainer, keeper: Keeper, done: int) -> None:
                 eos=stats["eos_fraction"],
             )
             if trainer.iteration % settings.log_every == 0 or trainer.iteration == iterations:
-                tracker.log(stats, trainer.iteration)
+                tracker.log(stats | pace.figures(trainer.iteration), trainer.iteration)
             keeper.after(
                 trainer.iteration,
                 {"iteration": trainer.iteration},
@@ -138,6 +143,7 @@ class Trainer:
     per_iteration: int
     iterations: int
     world: int
+    pace: Stragglers | None = None
 
     def __post_init__(self) -> None:
         settings = self.run.config.step3
@@ -187,7 +193,7 @@ class Trainer:
         kl_in_reward = settings.kl_place == "reward"
         size = data.Budget(settings.micro_batch_size, settings.micro_batch_tokens)
         for prompts in itertools.islice(self._prompt_batches(), self.iterations - self.iteration):
-            clock = Clock()
+            clock = Clock(self.pace)
             # 1. The policy answers.
             with self.roles.actor.evaluating():
                 rollout = generate(self.sampler, prompts, rollout_settings)

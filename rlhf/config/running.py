@@ -74,6 +74,15 @@ class LaunchConfig(Section):
         "writes its stacks into its log and ends; the step can be resumed. 0: it waits for ever.",
         ge=0,
     )
+    straggler_factor: float = doc(
+        2.0,
+        "Several ranks: one whose own work takes so many times as long as that of the others is "
+        "named (docs/reliability.md). 0: none is.",
+        ge=0,
+    )
+    straggler_seconds: float = doc(
+        60.0, "So long a rank has to be slow, without a break, before it is named.", gt=0
+    )
     heartbeat_timeout: Positive = doc(
         60,
         "multi_node: seconds without a sign of life after which ranks end without their driver, "
@@ -96,6 +105,11 @@ class LaunchConfig(Section):
             raise ValueError(
                 f"forward {wrong[0].partition('=')[0]!r}: give a variable's name; its value is "
                 "taken from the environment, so that it appears on no command line"
+            )
+        if 0 < self.straggler_factor <= 1:
+            raise ValueError(
+                f"straggler_factor {self.straggler_factor} would name ranks that are as fast as "
+                "the others: give a number over 1 (2: twice as slow), or 0 to name none"
             )
         if self.include and self.exclude:
             raise ValueError("include and exclude together: give one of them")
@@ -125,6 +139,12 @@ class CheckpointConfig(Section):
     )
     save_minutes: float = doc(10.0, "Save every so many minutes; 0: only by steps.", ge=0)
     keep_last: Positive = doc(2, "Keep so many checkpoints.")
+    check_every: NonNegative = doc(
+        50,
+        "Every so many optimiser steps (step 3: iterations), before each checkpoint and before "
+        "publishing: weights are compared among ranks and with what was loaded, and a forward pass "
+        "is repeated (docs/reliability.md). 0: never.",
+    )
 
 
 class TrackConfig(Section):

@@ -12,6 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from rlhf.engine.waiting import watch_collectives
+
 DEFAULT_TIMEOUT = 1800
 
 
@@ -31,6 +33,7 @@ def init_distributed() -> tuple[int, int]:
     if not deepspeed.comm.is_initialized():
         timeout = collective_timeout()
         bind_timeout()
+        watch_collectives()
         deepspeed.init_distributed(timeout=timeout)
     return rank(), world_size()
 
@@ -84,6 +87,15 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
     return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """(...) of each rank -> (world size, ...), on every rank; all pass the same shape and dtype."""
+    if world_size() == 1:
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

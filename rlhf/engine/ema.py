@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf.algo.ema import ema_update
-from rlhf.engine.zero3 import drop_gathered, local_tensor
+from rlhf.engine.zero3 import drop_gathered, is_sharded, local_tensor
 
 
 class WeightEMA:
@@ -17,13 +17,19 @@ class WeightEMA:
 
     def __init__(self, module: Any, decay: float) -> None:
         self.decay = decay
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._names, self._parameters = list(trained), list(trained.values())
         self.averages = [
             local_tensor(p).detach().to(torch.float32, copy=True) for p in self._parameters
         ]
 
     def update(self) -> None:
         ema_update(self.averages, [local_tensor(p) for p in self._parameters], self.decay)
+
+    def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weight and average, where every rank has the same ones: not of ZeRO-3's shards."""
+        if not is_sharded(self._parameters):
+            yield from zip(self._names, self.averages, strict=True)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's averages, for an exact resume."""

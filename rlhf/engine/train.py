@@ -19,6 +19,7 @@ from rlhf.engine.zero3 import hidden_size
 from rlhf.errors import Diverged
 
 T = TypeVar("T")
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 DIVERGED = (
     "training has diverged. Lower the learning rate, warm it up (optim.warmup), clip gradients "
     "(optim.max_grad_norm 1), or use dtype float32"
@@ -29,6 +30,28 @@ def rows_of(micro_batch: Any) -> dict[str, torch.Tensor]:
     """The tensors of a batch (a dataclass of tensors) by name; {} for anything else."""
     values = vars(micro_batch) if hasattr(micro_batch, "__dict__") else {}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def without_calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Arguments of a forward, to repeat it: loss functions have side effects, and are left out."""
+    keep = lambda value: None if callable(value) and not isinstance(value, torch.Tensor) else value
+    return tuple(map(keep, args)), {name: keep(value) for name, value in kwargs.items()}
+
+
+def same_bits(call: Callable[[], Any]) -> bool:
+    """Does a call give the same tensors twice? It returns one, or a tuple or dict of them."""
+    one, two = (_tensors(call()) for _ in range(2))
+    return len(one) == len(two) and all(
+        a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value.detach().reshape(-1)]
+    parts = value.values() if isinstance(value, dict) else value
+    return [t for part in parts for t in _tensors(part)] if isinstance(value, (tuple, dict)) else []
 
 
 class TrainEngine:
@@ -71,10 +94,20 @@ class TrainEngine:
         self.device = self.deepspeed.device
         # `from_pretrained` leaves evaluation mode on: no dropout and no gradient checkpointing.
         self.deepspeed.train()
+        self._last: Arguments | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stall.mark()
+        self._last = without_calls(args, kwargs)
         return self.deepspeed(*args, **kwargs)
+
+    def repeats(self) -> bool:
+        """Does the last micro-batch give the same bits, read twice? True before the first."""
+        if self._last is None:
+            return True
+        args, kwargs = self._last
+        with self.evaluating():
+            return same_bits(lambda: self.deepspeed(*args, **kwargs))
 
     @property
     def learning_rate(self) -> float:
@@ -173,8 +206,18 @@ class FrozenEngine:
         self.module = self.deepspeed.module
         self.device = self.deepspeed.device
         self.deepspeed.eval()
+        self._last: Arguments | None = None
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stall.mark()
+        self._last = without_calls(args, kwargs)
         return self.deepspeed(*args, **kwargs)
+
+    @torch.no_grad()
+    def repeats(self) -> bool:
+        """Does the last micro-batch give the same bits, read twice? True before the first."""
+        if self._last is None:
+            return True
+        args, kwargs = self._last
+        return same_bits(lambda: self.deepspeed(*args, **kwargs))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.multinode import fakeslurm
 from tests.multinode.fakehosts import FakeHosts, fake_hosts, missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     write_rows(root / "data")
     with fake_hosts(home) as hosts:
         yield Cluster(hosts, root)
+
+
+@pytest.fixture(scope="session")
+def slurm(cluster: Cluster) -> Iterator[dict[str, str]]:
+    """Slurm on the first host: the variables of its commands."""
+    if why := fakeslurm.missing():
+        pytest.skip(why)
+    with fakeslurm.slurm(cluster.hosts) as env:
+        yield env
 
 
 def write_rows(directory: Path) -> None:

@@ -40,7 +40,10 @@ SlurmctldLogFile={home}/slurmctld.log
 SlurmdLogFile={home}/slurmd.%n.log
 NodeName=node0 NodeHostname=node0 NodeAddr=127.0.0.1 Port=17001 CPUs=2 RealMemory=8000
 NodeName=node1 NodeHostname=node0 NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=8000
-PartitionName=all Nodes=node0,node1 Default=YES State=UP OverSubscribe=FORCE:2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=node0,node1 Default=YES State=UP OverSubscribe=FORCE:2 GraceTime=40
+PartitionName=urgent Nodes=node0,node1 State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -83,7 +86,9 @@ def slurm(hosts: FakeHosts) -> Iterator[dict[str, str]]:
             assert done.returncode == 0, (command, done.stdout, done.stderr)
         deadline = time.monotonic() + 20
         while True:
-            states = hosts.run(0, ["sinfo", "-h", "-N", "-o", "%T"], env=env).stdout.split()
+            states = hosts.run(
+                0, ["sinfo", "-h", "-N", "-p", "all", "-o", "%T"], env=env
+            ).stdout.split()
             if states == ["idle", "idle"]:
                 break
             assert time.monotonic() < deadline, (states, logs(home))

@@ -51,6 +51,34 @@ def test_no_sshd_on_the_far_host(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("act", ["doctor", "run"])
+def test_one_host_under_two_names(cluster: Cluster, act: str) -> None:
+    """Issue 11: refused by its identity, before anything starts; both names and the remedy."""
+    hosts = cluster.hosts
+    known = hosts.home / "hosts"
+    before = known.read_text()
+    with known.open("a") as stream:  # the same file as the hosts' /etc/hosts
+        stream.write(f"{hosts.hosts[1].address} gpu7\n")
+    file = hosts.home / "twice"
+    file.write_text("node1 slots=1\ngpu7 slots=1\n")
+    nodes = ["--deployment-type", "multi_node", "--hostfile", str(file)]
+    command = cluster.command("twice", *nodes, steps=(1,))
+    if act == "doctor":
+        command.insert(2, "doctor")
+    try:
+        done = hosts.run(0, command, cwd=cluster.root, env=hosts.environment(), timeout=100)
+    finally:
+        known.write_text(before)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert (
+        "FAIL each host a machine of its own: node1 and gpu7 are one machine (node1) (needed: no "
+        "machine under two names) -> keep one name in the hostfile" in said
+    )
+    assert not (cluster.root / "twice" / "step1_sft").exists()
+
+
+@pytest.mark.timeout(120)
 def test_several_things_wrong_at_once(cluster: Cluster) -> None:
     """Issue 4: a name that means 127.0.1.1, a busy port, a run directory that is not shared."""
     hosts = cluster.hosts

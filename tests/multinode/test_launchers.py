@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from rlhf.store import RunDir, read_json, verify
 from rlhf.track import read_metrics
-from tests.multinode import fakeslurm
 from tests.multinode.conftest import Cluster
 
 FAST = ["--preflight", "fast"]
@@ -99,14 +97,6 @@ def test_started_by_hand_on_each_node(cluster: Cluster) -> None:
     step = cluster.root / name / "step1_sft"
     assert {path.name for path in step.glob("command*.sh")} == {"command.sh", "command.node1.sh"}
     assert (step / "logs" / "console.node1.log").is_file()
-
-
-@pytest.fixture(scope="module")
-def slurm(cluster: Cluster) -> Iterator[dict[str, str]]:
-    if why := fakeslurm.missing():
-        pytest.skip(why)
-    with fakeslurm.slurm(cluster.hosts) as env:
-        yield env
 
 
 @pytest.mark.timeout(240)

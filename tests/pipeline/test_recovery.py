@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import guard
 from launch.guard import descendants, is_rank
 from rlhf.models.tiny import build_tiny
 from rlhf.store import verify
@@ -81,7 +83,7 @@ def test_a_killed_rank_is_started_again(root: Path, whole: Path) -> None:
     assert figures(step_dir) == figures(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_driver_that_is_told_to_stop_saves(
     root: Path, whole: Path, number: signal.Signals
 ) -> None:
@@ -109,6 +111,62 @@ def test_a_driver_that_is_told_to_stop_saves(
 
 
 LIMIT = 3_500_000_000  # bytes of address space: 64 rows take about 4.3e9, 32 take 3.4e9
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_rank_that_is_stopped_is_named(root: Path, whole: Path, count: int) -> None:
+    """SIGSTOP to the only process, or to one of two that the other waits for: the run ends with the
+    cause, a checkpoint is saved, the same command goes on."""
+    name, flags = f"stopped{count}", ("--num-gpus", str(count), "launch.stall_timeout=16")
+    process = start(root, name, *flags)
+    step_dir = root / name / "step1_sft"
+    wait_for_steps(process, step_dir, 4)
+    ranks = [pid for pid in descendants(process.pid) if is_rank(pid)]
+    assert len(ranks) == count
+    os.kill(ranks[-1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    assert f"The driver ended the step: rank {count - 1} (process {ranks[-1]}) stood still" in err
+    assert "stopped from outside (SIGSTOP or a debugger; state T in /proc)" in err
+    assert "memory" not in err
+    (saved,) = checkpoints(step_dir / "resume")
+    assert f"Saved: {saved}; the same command goes on from there" in err
+    again = start(root, name, *flags)
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert f"going on from {saved.name}" in out
+    if count == 2:
+        assert digests(step_dir) == digests(whole)
+        assert figures(step_dir) == figures(whole)
+
+
+def test_a_slow_rank_is_named(root: Path) -> None:
+    """A rank that gets a quarter of its processor (stopped and continued all the time) is named on
+    the console while it trains, with its phase; its times are in the step's files."""
+    process = start(
+        root, "slow", "step1.train.epochs=60", "step1.train.max_steps=200",
+        "launch.straggler_seconds=3",
+    )  # fmt: skip
+    step_dir = root / "slow" / "step1_sft"
+    wait_for_steps(process, step_dir, 4)
+    pids = [pid for pid in descendants(process.pid) if is_rank(pid)]
+    (rank,) = [pid for pid in pids if guard.has_variable(pid, "RANK=1")]
+    while process.poll() is None and len(read_metrics(step_dir / "metrics.jsonl")) < 190:
+        os.kill(rank, signal.SIGSTOP)
+        time.sleep(0.06)
+        os.kill(rank, signal.SIGCONT)
+        time.sleep(0.02)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    host = socket.gethostname()
+    assert f"warning: rank 1 on {host} is slow: its own work in the phase `update` takes" in out
+    assert "warning: rank 0" not in out
+    rows = read_metrics(step_dir / "metrics.jsonl")
+    row = next(row for row in rows if row["step"] == 60 and "train/loss" in row)
+    assert row["ranks/seconds_update_slowest_rank"] == 1
+    assert row["ranks/seconds_update_max"] > row["ranks/seconds_update_median"] > 0
+    lines = (step_dir / "logs" / "ranks.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["seconds"]["data"]) == 2 for line in lines)
 
 
 def test_auto_batch_finds_what_fits(root: Path) -> None:

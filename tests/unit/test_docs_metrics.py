@@ -75,7 +75,7 @@ class FakeEngine:
 
 
 class Recorder:
-    """Stands for tracker, progress and keeper."""
+    """Stands for tracker, progress, keeper and the ranks' pace."""
 
     metrics_bytes = 0
 
@@ -95,6 +95,14 @@ class Recorder:
     def write(self, text: str) -> None:
         pass
 
+    lap = write
+
+    def skip(self) -> None:
+        pass
+
+    def figures(self, position: int) -> dict[str, float]:
+        return {}
+
 
 def fake_run(*overrides: str) -> Any:
     config: RunConfig = load_config(None, parse_overrides(overrides))
@@ -108,7 +116,8 @@ def logged(step: Any, run: Any, engine: FakeEngine, columns: dict[str, list[Any]
     recorder = Recorder()
     plans = [[[list(range(len(dataset)))]]]
     work = step.supervised(run, engine, rows, plans, PAD)
-    work.train(1, {"step": 0, "evaluation": {}}, recorder, recorder, recorder)
+    state = {"step": 0, "evaluation": {}}
+    work.train(1, state, recorder, recorder, recorder, recorder)
     return recorder.names
 
 

@@ -6,11 +6,7 @@ The two ranks do all of their work in one start (tests/unit/engine_worker.py).
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +15,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from launch.ports import free_port
 from rlhf.algo.advantages import whiten
 from rlhf.track import read_metrics
 from step1_sft.main import sft_step
 from step3_ppo.update import update
 from tests.unit import model_help as help_
+from tests.unit.ranks_help import two_ranks
 from tests.unit.steps_help import ppo_settings, scored_rollout
-
-TIMEOUT = 240
 
 
 @pytest.fixture(scope="module")
@@ -35,39 +29,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two ranks wrote."""
     out = tmp_path_factory.mktemp("ranks")
     help_.tiny(), help_.lively(), help_.reward_dir()  # made here, since ranks would race
-    common = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "RLHF_TEST_SCRATCH": str(help_.scratch()),
-    }
-    logs = [out / f"rank{rank}.log" for rank in (0, 1)]
-    processes = []
-    for rank, log in enumerate(logs):
-        env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as stream:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.unit.engine_worker", str(out)],
-                    env=env,
-                    cwd=help_.ROOT,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    end = time.monotonic() + TIMEOUT
-    try:
-        while any(p.poll() is None for p in processes) and time.monotonic() < end:
-            if any(p.poll() for p in processes):
-                break  # one failed; the other would wait for it
-            time.sleep(0.2)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if not all((out / f"done{rank}").exists() for rank in (0, 1)):
-        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    two_ranks("tests.unit.engine_worker", out)
     return out
 
 

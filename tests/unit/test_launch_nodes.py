@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -18,15 +19,16 @@ from typing import Any
 
 import pytest
 
-from launch import accelerate, heartbeat, ranks, slurm, slurm_job
+from launch import accelerate, heartbeat, probe, ranks, slurm, slurm_job
 from launch.checks import problem
 from launch.devices import place
 from launch.forward import check_forward, deepspeed_may_see, env_file, forwarded, is_allowed
-from launch.hostcheck import host_checks
+from launch.hostcheck import host_checks, same_machine
 from launch.launchers import build_spec
 from launch.nodes import prepared, private_file, with_variables
 from launch.options import parse_options
 from launch.plan import Plan, make_plan
+from launch.requeue import requeue_own_job
 from launch.spec import LaunchSpec, Placement
 from rlhf.config import load_config
 from rlhf.config.load import parse_overrides
@@ -214,8 +216,13 @@ def test_slurms_script() -> None:
     ):  # fmt: skip
         assert wanted in lines
     assert lines.index("#SBATCH --time=1:0") > lines.index("#SBATCH --nodes=2")
-    assert lines[-1].startswith("exec srun --kill-on-bad-exit=1 --export=ALL ")
-    assert lines[-1].endswith("main.py --config /r/step1_sft/resolved.json")
+    for wanted in ("--open-mode=append", "--requeue", "--signal=B:USR1@120"):
+        assert f"#SBATCH {wanted}" in lines
+    (started,) = [i for i, line in enumerate(lines) if line.startswith("srun ")]
+    assert lines[started].startswith("srun --kill-on-bad-exit=1 --export=ALL ")
+    output = "--output=/r/step1_sft/logs/slurm-$SLURM_JOB_ID.attempt$attempt.out"
+    assert f" {output} \\" in lines[started]
+    assert lines[started + 1].endswith("main.py --config /r/step1_sft/resolved.json &")
     shown = subprocess.run(
         ["bash", "-c", "".join(f"{x}\n" for x in lines if x.startswith("export RLHF_X")) + "env"],
         capture_output=True, text=True,
@@ -251,6 +258,60 @@ def test_slurm_job_ends_as_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert done.returncode == code, done.stderr
         assert "the job's words" in done.stdout
         assert (tmp_path / "log").read_text().strip() == "--parsable --export=HF_TOKEN /x.sbatch"
+
+
+def test_a_job_that_is_requeued_is_followed(tmp_path: Path) -> None:
+    """What its ranks said in each attempt is shown and kept; what the dead left does not count."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "rank1.alive").write_text("{}")
+    (logs / "rank1.failure.json").write_text('{"rank": 1}')
+    for attempt in (0, 1):
+        (logs / f"slurm-42.attempt{attempt}.out").write_text(f"words of attempt {attempt}\n")
+    told = ["RUNNING Restarts=0", "PREEMPTED Restarts=0", "FAILED Restarts=1",
+            "PENDING Restarts=1", "RUNNING Restarts=1", "COMPLETED Restarts=1"]  # fmt: skip
+    (tmp_path / "states").write_text("\n".join(told) + "\n")
+    tools = {
+        "sbatch": "echo 42\n",
+        "scontrol": f"""cd {tmp_path}; n=$(wc -l <states)
+            echo "JobId=42 JobState=$(head -n 1 states) Requeue=1 Reason=None ExitCode=0:0"
+            [ "$n" = 1 ] || sed -i 1d states
+        """,
+    }
+    for name, body in tools.items():
+        path = tmp_path / name
+        path.write_text("#!/bin/sh\n" + body)
+        path.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, slurm_job.__file__, str(tmp_path / "job.sbatch")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        "words of attempt 0.*preempted.*requeued; attempt 1.*words of attempt 1.*completed",
+        done.stdout,
+        re.DOTALL,
+    )
+    assert not (logs / "rank1.alive").exists()
+    assert not (logs / "rank1.failure.json").exists()
+    assert (logs / "rank1.attempt0.failed.json").read_text() == '{"rank": 1}'
+
+
+def test_who_requeues_its_own_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only after SIGUSR1, only inside a job; what Slurm refuses is said."""
+    tool = tmp_path / "scontrol"
+    tool.write_text(
+        '#!/bin/sh\necho "$@" >>$LOG; [ "$2" = 42 ] || { echo "no batch job" >&2; exit 1; }\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    assert requeue_own_job(signal.SIGTERM, {"SLURM_JOB_ID": "42"}) == ""
+    assert requeue_own_job(signal.SIGUSR1, {}) == ""
+    assert not (tmp_path / "log").exists()
+    assert "42: requeued" in requeue_own_job(signal.SIGUSR1, {"SLURM_JOB_ID": "42"})
+    assert (tmp_path / "log").read_text() == "requeue 42\n"
+    told = requeue_own_job(signal.SIGUSR1, {"SLURM_JOB_ID": "43"})
+    assert told == "slurm job 43: not requeued: no batch job"
 
 
 def test_devices_that_a_launcher_cannot_choose(hostfile: Path) -> None:
@@ -466,3 +527,19 @@ def test_each_check_can_fail(
 def plan_of(hostfile: Path, tmp_path: Path) -> Plan:
     flags = ["--deployment-type", "multi_node", "--hostfile", str(hostfile)]
     return make_plan(parse_options([*flags, "--output-dir", str(tmp_path), "--name", "r"], {}))
+
+
+def test_one_machine_under_two_names() -> None:
+    """Containers share a boot and are hosts of their own; what cannot be known is not compared."""
+    here = probe.machine()
+    assert here == probe.machine()
+    one = {"machine": here, "hostname": "node1"}
+    other = {"machine": [here[0], "net:[1]", here[2]], "hostname": "node2"}
+    unknown = {"machine": None, "hostname": "node3"}
+    lost = {"error": "no answer"}
+    fine = same_machine({"a": one, "b": other, "c": unknown, "d": unknown, "e": lost})
+    assert fine.state == "ok"
+    found = same_machine({"a": one, "b": other, "a.example": one})
+    assert found.state == "FAIL"
+    assert found.exit_code == 2
+    assert "a and a.example are one machine (node1)" in found.found

@@ -186,6 +186,11 @@ def test_named_parts_can_be_published_alone(tmp_path: Path) -> None:
         assert verify(run.artifact(part)).kind == "ppo"
 
 
+def test_made_again_in_the_same_second_is_another_artifact(tmp_path: Path) -> None:
+    """What was made from the first must not pass for made from the second."""
+    assert publish(tmp_path, write, **FIELDS).id != publish(tmp_path, write, **FIELDS).id
+
+
 def test_republish_replaces_without_a_trace(artifact: Path) -> None:
     publish(artifact.parent, lambda d: (d / "new").write_text("new"), **FIELDS)
     assert set(verify(artifact).files) == {"new"}
