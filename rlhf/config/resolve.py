@@ -191,6 +191,8 @@ def section_of(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     """What of a configuration decides a step's result: its own section, the data and the seed."""
     flat = flatten({key: config.get(key, {}) for key in (f"step{step}", "data", "seed")})
     flat.pop("data.cache_dir", None)
+    if step != 3:  # what only rewards read
+        flat.pop("data.keep_columns", None)
     # How a trained policy is evaluated is no part of it, and evaluation can be repeated.
     return nest({key: v for key, v in flat.items() if not key.startswith(f"step{step}.eval.")})
 

@@ -28,7 +28,15 @@ class RewardTerm(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_text(cls, value: Any) -> Any:
-        return {"use": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"use": value}
+        ours = cls.model_fields
+        if isinstance(value, dict) and (wrong := [str(name) for name in value if name not in ours]):
+            raise ValueError(
+                f"a reward has no {wrong[0]!r}; it has {', '.join(ours)}. Arguments of its function "
+                f"go into options: {{use: {value.get('use', '...')}, options: {{{wrong[0]}: ...}}}}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _model(self) -> RewardTerm:

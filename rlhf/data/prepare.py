@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from rlhf import stall
 from rlhf.config.schema import DataConfig
 from rlhf.data import cache
-from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
+from rlhf.data.encode import Limits, encode, needed_answers, schema_of
 from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
@@ -197,6 +197,8 @@ def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[Dat
     data = request.data.model_dump(
         exclude={"path", "template", "cache_dir", "max_bad_rows", "hub_split", "hub_eval_split"}
     )
+    if request.step != 3 or not request.data.keep_columns:
+        del data["keep_columns"]
     settings = {
         "format": FORMAT_VERSION,
         "sources": [one.fingerprint for one in sets],
@@ -235,7 +237,8 @@ def _build(
     selected = _select(request, samples, assigned, report)
     used = _usable(selected, request, report)
     _check(request, report, only_bad=True)
-    columns, kept = encode(used, request.step, encoder, request.limits, report, maker)
+    schema = schema_of(request.step, data.keep_columns)
+    columns, kept = encode(used, request.step, encoder, request.limits, report, maker, schema)
     _check(request, report)
     # Test rows that are prompts alone serve step 3; the others measure nothing, and say so.
     if request.split == "eval" and not kept and (used or not selected):
@@ -248,7 +251,7 @@ def _build(
         "held_out": vars(held_out),
         "step": request.step,
     }
-    cache.store(root, key, columns, SCHEMAS[request.step], info)
+    cache.store(root, key, columns, schema, info)
 
 
 def _read(
@@ -289,7 +292,8 @@ def _samples(
         try:
             if isinstance(row, BadRow):
                 raise row
-            samples = [maker(one, where) for one in reader(guard(row))]
+            kept = reader.kept(row)
+            samples = [replace(maker(one, where), columns=kept) for one in reader(guard(row))]
         except NoPreference as reason:
             report.add_dropped(str(reason), where)
         except BadRow as reason:
@@ -344,6 +348,9 @@ def _usable(
             report.add_dropped(f"held-out row without {lacking[0]!r}", sample.where)
         elif lacking:
             report.add_bad(sample.lacks or f"column {lacking[0]!r} is missing", sample.where)
+        elif request.step == 3 and (nothing := [n for n, v in sample.columns.items() if v is None]):
+            why = f"column {nothing[0]!r} of data.keep_columns is missing or null"
+            report.add_bad(why, sample.where)
         elif empty:
             report.add_bad(f"column {empty[0]!r} is empty, so the row is left out", sample.where)
         elif request.margins and sample.margin is None:
