@@ -1,7 +1,7 @@
-"""What needs more than the driver has, asked in processes of their own: data, a user's judge.
+"""What needs more than the driver has, asked in processes of their own: data, a user's functions.
 
-`python -m rlhf.data.preview` opens the data, `python -m rlhf.rewards` judges and rewards. Both run in the
-environment of the step's processes and without torch.
+`python -m rlhf.data.preview` opens the data, `python -m rlhf.rewards` imports judges and rewards.
+Both run in the environment of the step's processes and without torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from launch.checks import MISSING, Check
 from launch.nodes import private_file
 from launch.plan import Plan, StepPlan
+from rlhf.config.rewards import MODEL
 
 LOOK_SECONDS = 600.0
 JUDGE_SECONDS = 120.0
@@ -29,7 +30,7 @@ class Looked:
     """What was found; `sources` as in rlhf/data/preview.py, None where nothing came of it."""
 
     data: list[Check] = field(default_factory=list)
-    judge: list[Check] = field(default_factory=list)
+    functions: list[Check] = field(default_factory=list)
     sources: list[dict[str, Any]] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -41,11 +42,11 @@ class Looked:
 
 
 def look(plan: Plan, *, download: bool = False) -> Looked:
-    """Asks about data and judge at the same time."""
+    """Asks about data and a user's functions at the same time."""
     with ThreadPoolExecutor(2) as pool:
-        judge = pool.submit(_judge, plan)
+        functions = pool.submit(_functions, plan)
         data = look_at_data(plan, download=download)
-        return Looked(data.data, judge.result(), data.sources, data.stages, data.files)
+        return Looked(data.data, functions.result(), data.sources, data.stages, data.files)
 
 
 def look_at_data(plan: Plan, *, download: bool = False) -> Looked:
@@ -85,24 +86,23 @@ def _problem(one: Any) -> Check:
 
 
 def _functions(plan: Plan) -> list[Check]:
-    """The judge of step 3's verdict and the functions of its reward, where the settings name any."""
+    """The judge of step 3's verdict and the functions of its reward, where there are any."""
     item = next((item for item in plan.steps if item.step == 3 and not item.done), None)
     if item is None:
         return []
     config = item.resolved.config
     keep, judge = config.data.keep_columns, config.step3.eval.judge
-    terms = [term.model_dump() for term in config.step3.rewards if term.use != MODEL]
     checks = []
     if judge:
-        checks.append(_called(item, "step3.eval.judge", judge, {"judge": judge, "keep": keep}))
-    for term in terms:
-        checks.append(
-            _called(item, "step3.rewards", term["use"], {"terms": [term], "keep": keep})
-        )
+        checks.append(_imported(item, "step3.eval.judge", judge, {"judge": judge, "keep": keep}))
+    for term in config.step3.rewards:
+        if term.use != MODEL:
+            what = {"terms": [term.model_dump()], "keep": keep}
+            checks.append(_imported(item, "step3.rewards", term.use, what))
     return checks
 
 
-def _called(item: StepPlan, setting: str, name: str, what: dict[str, Any]) -> Check:
+def _imported(item: StepPlan, setting: str, name: str, what: dict[str, Any]) -> Check:
     answer, trouble = _ask(item, ["rlhf.rewards", json.dumps(what)], JUDGE_SECONDS)
     if answer is None:
         return Check(setting, "FAIL", f"{name!r} could not be imported: {trouble}")

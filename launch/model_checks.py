@@ -18,6 +18,7 @@ from rlhf.families import TINY_FAMILIES
 from rlhf.plan.classes import CAUSAL, SEQUENCE, families_with
 from rlhf.plan.known import known_names
 from rlhf.plan.read import is_known, read_config
+from rlhf.plan.roles import NEEDS_CRITIC
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
@@ -88,9 +89,12 @@ def _uses(plan: Plan, item: StepPlan) -> Iterator[Use]:
         )
         key = "step3.rollout.max_prompt_length + step3.rollout.max_new_tokens"
         yield from _use(parent("sft"), "step 3's policy", rl.actor.model, CAUSAL, longest, key)
-        reward = "step 3's reward model"
-        yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
+        if rl.uses_reward_model:
+            reward = "step 3's reward model"
+            yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
         critic = (rl.critic.model.name, False)
+        if not (rl.uses_reward_model or rl.critic.model.name) and NEEDS_CRITIC[rl.algorithm]:
+            critic = parent("sft")  # with a new head
         yield from _use(critic, "step 3's critic", rl.critic.model, SEQUENCE, longest, key)
 
 

@@ -15,6 +15,7 @@ from launch.spec import PROJECT_ROOT
 from rlhf.config.keys import leaves, nearest, parse_value
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials
+from rlhf.config.rewards import described
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
 from rlhf.store import RunDir
@@ -75,6 +76,8 @@ class Options:
     force: bool
     seeds: list[int] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
+    without_step_2: bool = False
+    """Nothing was said about steps, and no reward needs a reward model."""
 
     @property
     def run(self) -> RunDir:
@@ -116,8 +119,9 @@ def parser() -> argparse.ArgumentParser:
         "missing, 129 hung up, 130 interrupted, 143 terminated.",
     )
     add = made.add_argument
-    add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N",
-        help="1 SFT, 2 reward model, 3 PPO; default: all three")  # fmt: skip
+    add("--step", type=int, nargs="+", choices=(1, 2, 3), metavar="N",
+        help="1 SFT, 2 reward model, 3 PPO; default: all three, without 2 where no reward "
+        "(step3.rewards) is the model")  # fmt: skip
     add("--config", metavar="FILE", help="recipe (YAML), or the name of one in launch/recipes")
     add("--actor-model", metavar="MODEL",
         help="base of step 1; without step 1, the SFT model of the later steps. "
@@ -179,9 +183,15 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
     recipe = find_recipe(flags.config, flags.actor_model)
     values, origins = flag_values(flags)
     asked = {**_from_environment(environ, values), **parse_overrides(overrides)}
-    steps = sorted(set(flags.step))
     actor, reward = (model_name(name) for name in (flags.actor_model, flags.reward_model))
     config = load_config(recipe, asked, values, origins)
+    needed = [1, 2, 3] if config.step3.uses_reward_model else [1, 3]
+    steps = sorted(set(flags.step or needed))
+    if reward and 2 not in steps and not config.step3.uses_reward_model:
+        raise ConfigError(
+            f"--reward-model {reward}: nothing would read it: step3.rewards is "
+            f"{described(config.step3.rewards)}. Add the term `model` to it, or leave the flag out"
+        )
     return Options(
         steps=steps,
         config=config,
@@ -194,6 +204,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         json_schema=flags.json_schema,
         force=flags.force,
         seeds=flags.seeds or [],
+        without_step_2=not flags.step and 2 not in steps,
         argv=list(argv),
     )
 

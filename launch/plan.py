@@ -30,6 +30,7 @@ from rlhf.config.resolve import (
     describe_inherited,
     resolve_step,
 )
+from rlhf.config.rewards import MODEL, described
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.plan.advise import Machine
 from rlhf.plan.report import StepReport, as_json
@@ -163,11 +164,26 @@ def describe(plan: Plan) -> str:
         f"recipe   {recipe}",
         f"machine  {_machine(plan)}",
         f"data     {', '.join(plan.config.data.path)}",
+        *_left_out(plan),
         *(f"{'' if number else 'env':8} {line}" for number, line in enumerate(_environment(plan))),
     ]
     for item in plan.steps:
         lines += ["", *describe_step(item, plan.machine)]
     return "\n".join(lines)
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """Whether step 2 was left out unasked, and what that means for its share of the rows."""
+    if not plan.options.without_step_2:
+        return []
+    first, second, third = plan.config.data.split
+    lines = ["steps    1 and 3: no term of step3.rewards is the reward model, so step 2 has no use"]
+    if second:
+        lines.append(
+            f"         its share of the rows (data.split {first:g},{second:g},{third:g}) is not "
+            f"trained on; data.split={first:g},0,{second + third:g} gives it to step 3"
+        )
+    return lines
 
 
 def describe_step(item: StepPlan, machine: Machine) -> list[str]:
@@ -204,10 +220,8 @@ def _origin(item: StepPlan) -> str:
     parents = item.resolved.parents
     if item.step == 2:
         return config.step2.model.name or parents["sft"]
-    rewards = [
-        str(parents["reward"]) if term.use == MODEL else term.use for term in config.step3.rewards
-    ]
-    return f"{parents['sft']}, rewarded by {' + '.join(rewards)}"
+    rewards = described(config.step3.rewards, {MODEL: parents.get("reward", "")})
+    return f"{parents['sft']}, rewarded by {rewards}"
 
 
 def _batches(resolved: ResolvedStep) -> str:

@@ -99,7 +99,8 @@ def plan_reports(
         config = divisible(config, step, world)
         resolved = resolve_step(config, step, run_dir=run_dir, world_size=world)
         reports.append(report.plan_step(resolved.config, step, shapes, machine))
-    return reports, {"actor": actor, "reward": reward}
+    asked = 2 in options.steps or config.step3.uses_reward_model
+    return reports, {"actor": actor} | ({"reward": reward} if asked else {})
 
 
 def divisible(config: RunConfig, step: int, world: int) -> RunConfig:
@@ -126,7 +127,7 @@ def _describe(
     what = "CPU process(es)" if ranks.on_cpu else f"GPU(s), {ranks.per_node} a node"
     speeds = "this machine's cores" if ranks.on_cpu else f"the speeds of {flags.gpu}"
     found = [
-        f"plan     actor {names['actor']}, reward {names['reward']}",
+        f"plan     {', '.join(f'{role} {name}' for role, name in names.items())}",
         f"machine  {ranks.world} {what}; times assume {speeds} (docs/scaling.md)",
     ]
     for item in reports:

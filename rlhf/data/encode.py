@@ -76,8 +76,8 @@ def encode(
     maker: SampleMaker,
     schema: pa.Schema,
 ) -> tuple[Columns, list[Sample]]:
-    """Columns of `schema` (`schema_of`) for samples with the names of the answers they are used for,
-    and the samples that they came from, cut as the columns are.
+    """Columns of `schema` (`schema_of`) for samples with the names of the answers they are used
+    for, and the samples that they came from, cut as the columns are.
 
     `report.kept`, `.answers`, `.dropped`, `.bad` and `.truncated` are counted up. `maker` writes a
     conversation again that loses turns.

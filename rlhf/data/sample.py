@@ -53,7 +53,7 @@ class Sample:
     prompt_key: str = ""
     lacks: str | None = None
     source: Example | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 class SampleMaker:
@@ -95,7 +95,9 @@ class SampleMaker:
             prompt_key=prompt_key(typed),
             lacks=example.lacks,
             source=None if isinstance(example.prompt, str) else example,
-            **{name: answers.get(name) for name in ANSWERS},
+            response=answers.get("response"),
+            chosen=answers.get("chosen"),
+            rejected=answers.get("rejected"),
         )
 
     def with_prompt(self, sample: Sample, messages: Messages) -> Sample:

@@ -3,7 +3,7 @@
 from rlhf.rewards.asking import Asked, RewardFailed, asked
 from rlhf.rewards.functions import ENDED, RewardFunction
 from rlhf.rewards.judges import Judge, resolve_judge
-from rlhf.rewards.terms import check_terms, resolve_reward
+from rlhf.rewards.terms import check_terms, offered_columns, resolve_reward
 
 __all__ = [
     "ENDED",
@@ -13,6 +13,7 @@ __all__ = [
     "RewardFunction",
     "asked",
     "check_terms",
+    "offered_columns",
     "resolve_judge",
     "resolve_reward",
 ]

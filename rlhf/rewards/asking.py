@@ -3,7 +3,7 @@ checked."""
 
 from __future__ import annotations
 
-import math
+import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.rewards import functions
 from rlhf.rewards.functions import ENDED, RewardFunction
 
 SHOWN = 300  # characters of a prompt or an answer in a message
+FLOAT32_MAX = 3.4028234663852886e38  # what training computes with
+_OURS = (__file__, functions.__file__)
 
 
 class RewardFailed(UserError):
@@ -23,7 +26,7 @@ class RewardFailed(UserError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked (`reward` or `judge`), for how long it is waited, and the setting that says so."""
+    """What is asked (`reward` or `judge`), how long it may take, and the setting that says so."""
 
     what: str
     seconds: float | None
@@ -107,14 +110,32 @@ def _called(function: RewardFunction, rows: _Rows, how: Asked) -> Any:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardFailed(
             f"{name} raised {type(error).__name__}: {error} ({last.filename}, line "
-            f"{last.lineno}). It was given {given}"
+            f"{last.lineno}). It was given {given}\n{_own_traceback(error)}"
         ) from error
     if "values" not in box:
         raise RewardFailed(
             f"{name} gave nothing in {how.seconds:g} s ({how.setting}; null waits for ever). It "
-            f"was given {given}"
+            f"was given {given}\n{_where(thread)}"
         )
     return box["values"]
+
+
+def _own_traceback(error: BaseException) -> str:
+    """The traceback from the function on: `call` and `RewardFunction.__call__` are ours."""
+    theirs = error.__traceback__
+    while theirs is not None and theirs.tb_frame.f_code.co_filename in _OURS:
+        theirs = theirs.tb_next
+    shown = theirs or error.__traceback__  # raised by the call itself: its arguments do not fit
+    return "".join(traceback.format_exception(type(error), error, shown)).rstrip()
+
+
+def _where(thread: threading.Thread) -> str:
+    """Where a function stands that does not come back."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    frames = traceback.extract_stack(frame) if frame else []
+    own = [i for i, one in enumerate(frames) if one.filename in _OURS]
+    theirs = frames[own[-1] + 1 :] if own else frames
+    return "It stands at:\n" + "".join(traceback.format_list(theirs)).rstrip()
 
 
 def _number(value: Any) -> float | None:
@@ -125,4 +146,4 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # torch's word for a tensor of several numbers
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= FLOAT32_MAX else None

@@ -99,10 +99,8 @@ def _extraction(pattern: str | None, name: str) -> Callable[[str], str | None]:
     compiled = _compiled(pattern, name)
 
     def said(answer: str) -> str | None:
-        found = None
-        for found in compiled.finditer(answer):
-            pass
-        return found and found.group(1 if compiled.groups else 0)
+        matches = list(compiled.finditer(answer))
+        return matches[-1].group(1 if compiled.groups else 0) if matches else None
 
     return said
 

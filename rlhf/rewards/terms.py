@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Collection, Sequence
 from functools import partial
 
-from rlhf.config.rewards import MODEL, RewardTerm
 from rlhf.config.keys import nearest
+from rlhf.config.rewards import MODEL, RewardTerm
 from rlhf.errors import ConfigError
 from rlhf.rewards.functions import ENDED, RewardFunction, imported, reward_function
 from rlhf.rewards.shipped import SHIPPED

@@ -41,7 +41,10 @@ class Reader:
         return [without_prompt(one) for one in examples] if self.shape.strip else examples
 
     def kept(self, row: Row) -> dict[str, Any]:
-        """The row's values in the columns of data.keep_columns; None: it has none. Raises BadRow."""
+        """The row's values in the columns of data.keep_columns, None where it lacks one.
+
+        Raises BadRow: what is there cannot be written as JSON.
+        """
         found = {name: row.get(name) for name in self.shape.kept}
         for name, value in found.items():
             try:
