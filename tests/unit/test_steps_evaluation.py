@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import step3_ppo.evaluation
+from rlhf.config.rewards import RewardTerm
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ConfigError, UserError
 from rlhf.harness import StepRun
@@ -258,7 +259,13 @@ def test_figures_of_training_are_means_of_the_last_lines() -> None:
 def test_a_card_without_figures_has_none() -> None:
     """What was not measured is absent."""
     found = cards(
-        ["actor", "critic"], algorithm="ppo", sft="s", reward="r", ema_decay=None, training={}
+        ["actor", "critic"],
+        algorithm="ppo",
+        sft="s",
+        critic="r",
+        rewards=[RewardTerm()],
+        ema_decay=None,
+        training={},
     )
     assert not any(character.isdigit() for text in found.values() for character in text)
 
