@@ -109,7 +109,8 @@ def _comparisons(verdict: dict[str, Any], name: str) -> list[str]:
     rows = [["", "sft", name, "change", "95% interval", ""]]
     terms = [key for key in verdict["comparisons"][name] if key.startswith(TERM)]
     shown = {"reward": _FIGURES["reward"]}
-    shown |= {key: (f"  {key.removeprefix(TERM)}", 3) for key in terms}
+    if len(terms) > 1:
+        shown |= {key: (f"  {key.removeprefix(TERM)}", 3) for key in terms}
     for key, (label, digits) in (shown | _FIGURES).items():
         found = verdict["comparisons"][name].get(key)
         if found is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.keys import nearest
 from rlhf.errors import ConfigError
 
 ENDED = "ended"  # the column that is always there: did each answer stop by itself?
@@ -98,7 +99,9 @@ def imported(name: str, what: str) -> Callable[..., Any]:
         ) from None
     for part in attribute.split("."):
         if not hasattr(target, part):
-            raise ConfigError(f"{what} {name!r}: {module_name} has no {attribute!r}")
+            close = nearest(part, [n for n in dir(target) if callable(getattr(target, n, None))])
+            hint = f". Did you mean {module_name}:{close[0]}?" if close else ""
+            raise ConfigError(f"{what} {name!r}: {module_name} has no {attribute!r}{hint}")
         target = getattr(target, part)
     if not callable(target):
         raise ConfigError(

@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "rlhf/store": ("rlhf.config", "rlhf.errors"),
     "rlhf/families": ("rlhf.errors",),
     "rlhf/plan": ("rlhf.config", "rlhf.families", "rlhf.errors"),
+    "rlhf/rewards": ("rlhf.config", "rlhf.data.courtesy_judge", "rlhf.errors"),
     "rlhf/algo": (),
     **{step: ("rlhf", step) for step in STEPS},
 }
