@@ -50,12 +50,23 @@ def test_exact_match() -> None:
 
 
 def test_numeric_match() -> None:
-    answers = ["so 3 + 4 = 7", "7 apples, not 8", "about 7.0000001", "none", "1,234.50", "-2", "2e3"]
+    answers = [
+        "so 3 + 4 = 7",
+        "7 apples, not 8",
+        "about 7.0000001",
+        "none",
+        "1,234.50",
+        "-2",
+        "2e3",
+    ]
     right = [7, "7", "#### 7", 7, "1234.5", -2, "2,000"]
     assert points("numeric_match", answers, {"answer": right}) == [1, 0, 1, 0, 1, 1, 1]
     assert points("numeric_match", ["99"], {"answer": [100]}, tolerance=0.02) == [1]
     how = {"extract": "answer is (.*?)[.]"}
-    assert points("numeric_match", ["the answer is 5. Or 6", "5"], {"answer": [5, 5]}, **how) == [1, 0]
+    assert points("numeric_match", ["the answer is 5. Or 6", "5"], {"answer": [5, 5]}, **how) == [
+        1,
+        0,
+    ]
     with pytest.raises(RewardFailed, match="'answer' holds 'x', in which there is no number"):
         points("numeric_match", ["1"], {"answer": ["x"]})
 
@@ -169,7 +180,9 @@ def test_a_hanging_function_shows_where_it_stands() -> None:
         stop.wait(60)
 
     how = Asked("reward", 0.2, "timeout of the term in step3.rewards")
-    with pytest.raises(RewardFailed, match=r"gave nothing in 0\.2 s .*timeout of the term") as caught:
+    with pytest.raises(
+        RewardFailed, match=r"gave nothing in 0\.2 s .*timeout of the term"
+    ) as caught:
         asked(RewardFunction("mine:slow", slow), ["p"], ["a"], {}, how)
     stop.set()
     assert "in slow\n    stop.wait(60)" in str(caught.value)
