@@ -202,7 +202,7 @@ class Trainer:
             with self.roles.actor.evaluating():
                 rollout = generate(self.sampler, prompts, rollout_settings)
             clock.lap("rollout")
-            # 2. Reward model, reference and critic read prompt + answer; functions its text.
+            # 2. Reward model, reference and critic read prompt + answer.
             reads_later = critic is not None and ppo.minibatches == 1  # in its first step
             temperature = rollout_settings.temperature
             rollout = score(

@@ -221,7 +221,8 @@ def _not_shown(evidence: Evidence, reward: RewardJudgement | None, points: Point
         return None
     remedy = _more_prompts(evidence, evidence.found["reward"])
     if any("judge" in point for point in open_points):
-        remedy = "read the samples: reward model and judge may want different things"
+        who = "the reward" if reward is None else "reward model"
+        remedy = f"read the samples: {who} and judge may want different things"
     elif any(point.startswith("KL") for point in open_points):
         remedy = "give a judge (step3.eval.judge), or raise step3.ppo.kl_coef"
     elif evidence.found["reward"].change > 0:
