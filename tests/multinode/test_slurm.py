@@ -56,6 +56,8 @@ def let_it_begin(cluster: Cluster, slurm: dict[str, str], job: str) -> None:
             and not tool(cluster, slurm, "squeue", "-h", "-t", "completing")
         )
     )
+    # Credentials are revoked by the second: one of the same second would be taken for the old one.
+    time.sleep(2)
     tool(cluster, slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
