@@ -35,6 +35,12 @@ def _plan(argv: Sequence[str]) -> int:
     return plan_command.main(argv)
 
 
+def _serve_reward(argv: Sequence[str]) -> int:
+    from launch import serve_reward
+
+    return serve_reward.main(argv)
+
+
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "certify": _certify,
@@ -42,4 +48,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "example": _example,
     "plan": _plan,
+    "serve-reward": _serve_reward,
 }

@@ -18,8 +18,8 @@ class RewardTerm(Section):
 
     use: str = doc(
         MODEL,
-        "`model`: the reward model; `length`, `regex`, `exact_match`, `numeric_match`; or your own "
-        "`module:function` of (prompts, answers, **columns).",
+        "`model`: the reward model; `length`, `regex`, `exact_match`, `numeric_match`; `http` (or "
+        "a URL alone); or your own `module:function` of (prompts, answers, **columns).",
     )
     weight: float = doc(1.0, "The term counts so many times.", allow_inf_nan=False)
     label: str = doc(
@@ -31,6 +31,8 @@ class RewardTerm(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(("http://", "https://")):
+            return {"use": "http", "options": {"url": value}}
         if isinstance(value, str):
             return {"use": value}
         ours = cls.model_fields

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.config.rewards import RewardTerm
 from rlhf.errors import ConfigError, UserError
 from rlhf.rewards.judges import resolve_judge
-from rlhf.rewards.terms import check_terms, offered_columns
+from rlhf.rewards.terms import check_terms, offered_columns, resolve_reward
 
 
 def problem_with(asked: dict[str, Any]) -> tuple[str, int]:
@@ -22,7 +22,11 @@ def problem_with(asked: dict[str, Any]) -> tuple[str, int]:
     try:
         if name := asked.get("judge"):
             resolve_judge(name).score.refuse_missing(offered_columns(keep), "judge")
-        check_terms([RewardTerm(**term) for term in asked.get("terms") or []], keep)
+        terms = [RewardTerm(**term) for term in asked.get("terms") or []]
+        check_terms(terms, keep)
+        for function in map(resolve_reward, terms):
+            if function.reach is not None:
+                function.reach()
     except UserError as error:
         return str(error), error.exit_code
     except (Exception, SystemExit) as error:  # noqa: BLE001  a user's module may raise anything

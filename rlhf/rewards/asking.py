@@ -107,6 +107,8 @@ def _called(function: RewardFunction, rows: _Rows, how: Asked) -> Any:
     given = rows.shown(f"{len(rows.answers)} answers, the first:", 0)
     if "error" in box:
         error = box["error"]
+        if isinstance(error, UserError):  # ours, and it says it all
+            raise RewardFailed(f"{name}: {error}. It was given {given}") from error
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardFailed(
             f"{name} raised {type(error).__name__}: {error} ({last.filename}, line "

@@ -24,13 +24,15 @@ class RewardFunction:
     """A named function of prompts, answers and the columns that it asks for.
 
     needs: columns without which it cannot be called; may: those that it takes where they are there;
-    None: all of them.
+    None: all of them. reach: raises RequirementError if something outside that it asks is not
+    there; it costs nothing, and is called once before the start.
     """
 
     name: str
     function: Callable[..., Any]
     needs: tuple[str, ...] = ()
     may: tuple[str, ...] | None = None
+    reach: Callable[[], None] | None = None
 
     def __call__(
         self, prompts: Sequence[str], answers: Sequence[str], columns: Mapping[str, Sequence[Any]]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rlhf.errors import ConfigError
+from rlhf.rewards.endpoint import http_endpoint
 from rlhf.rewards.functions import RewardFunction
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
@@ -81,6 +82,7 @@ SHIPPED: dict[str, Callable[..., RewardFunction]] = {
     "regex": regex,
     "exact_match": exact_match,
     "numeric_match": numeric_match,
+    "http": http_endpoint,
 }
 
 

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "rlhf/families": ("rlhf.errors",),
     "rlhf/plan": ("rlhf.config", "rlhf.families", "rlhf.errors"),
     "rlhf/rewards": ("rlhf.config", "rlhf.data.courtesy_judge", "rlhf.errors"),
+    "rlhf/serving": ("rlhf.config", "rlhf.data", "rlhf.models", "rlhf.store", "rlhf.errors"),
     "rlhf/algo": (),
     **{step: ("rlhf", step) for step in STEPS},
 }

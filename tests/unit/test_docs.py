@@ -23,6 +23,7 @@ from rlhf.config.load import load_config, parse_overrides, with_values
 from rlhf.config.schema import RunConfig
 from rlhf.config.step_args import PARENTS, find_key, split_options
 from rlhf.errors import ConfigError
+from rlhf.serving import reward as serve_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -108,7 +109,7 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def flags() -> set[str]:
-    parsers = (parser(), plan_command.parser(), certify.parser())
+    parsers = (parser(), plan_command.parser(), certify.parser(), serve_reward.parser())
     return {flag for one in parsers for flag in one._option_string_actions}
 
 
@@ -147,6 +148,9 @@ def check_driver(argv: list[str]) -> None:
         return
     if argv[:1] == ["certify"]:
         certify.parser().parse_args(argv[1:])
+        return
+    if argv[:1] == ["serve-reward"]:
+        serve_reward.parser().parse_args(argv[1:])
         return
     if argv[:1] == ["evaluate"]:
         _, asked = evaluation.parse_flags(argv[1:])
