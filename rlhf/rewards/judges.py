@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rlhf.data import courtesy_judge
 from rlhf.errors import ConfigError, RequirementError
 from rlhf.rewards.functions import RewardFunction, imported, reward_function
 
@@ -28,6 +27,8 @@ class Judge:
 
 
 def _courtesy() -> Judge:
+    from rlhf.data import courtesy_judge  # the package is slow to import, and not all ask for this
+
     def score(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
         return [courtesy_judge.judge(*row) for row in zip(prompts, answers, ended, strict=True)]
 
