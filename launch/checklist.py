@@ -132,8 +132,8 @@ def _data(asking: Asking) -> list[Check]:
     return asking.looked.data
 
 
-def _judge(asking: Asking) -> list[Check]:
-    return asking.looked.judge
+def _functions(asking: Asking) -> list[Check]:
+    return asking.looked.functions
 
 
 def _reward_model(asking: Asking) -> list[Check]:
@@ -194,7 +194,7 @@ CHECKS: tuple[Item, ...] = (
     Item("models", _models),
     Item("hub", _hub),
     Item("data", _data, always=True),
-    Item("judge", _judge),
+    Item("judge and rewards", _functions),
     Item("reward model", _reward_model),
     Item("finished steps", _finished, always=True),
     Item("disk", _disk),

@@ -62,6 +62,12 @@ def _show(argv: Sequence[str]) -> int:
     return show.main(argv)
 
 
+def _serve_reward(argv: Sequence[str]) -> int:
+    from launch import serve_reward
+
+    return serve_reward.main(argv)
+
+
 # first word of the command line -> what it runs, with the words after it; returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "certify": _certify,
@@ -72,6 +78,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "example": _example,
     "plan": _plan,
     "recipes": _recipes,
+    "serve-reward": _serve_reward,
     "show": _show,
 }
 
@@ -87,6 +94,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "show": "where a run stands, its curves, time, memory and verdict",
         "compare": "settings and figures of several runs, with intervals",
         "chat": "talk to a run's models, an artifact or a hub id",
+        "serve-reward": "offer a reward model over HTTP",
     },
     "before a run": {
         "plan": "does it fit, how long does it take; for other machines too",
@@ -102,7 +110,7 @@ def overview() -> str:
     lines = []
     for title, verbs in GROUPS.items():
         lines.append(f"{title}:")
-        lines += [f"  {verb:10} {text}" for verb, text in verbs.items()]
+        lines += [f"  {verb:12} {text}" for verb, text in verbs.items()]
     return "\n".join(lines)
 
 

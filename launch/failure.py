@@ -124,6 +124,9 @@ def _what_ranks_said(records: Sequence[Record]) -> list[str]:
         phase = f" in {record.phase}" if record.phase else ""
         if number == 0 and record.traceback and not record.is_echo:
             lines.append(f"rank {record.rank}{where}{phase} failed first:")
+            if record.remedy == record.message:  # a user's own mistake: the remedy says it all
+                lines[-1] = f"{lines[-1]} {record.type}"
+                continue
             lines += [f"  {line}" for line in record.traceback.rstrip().splitlines()[-TRACEBACK:]]
         else:
             text = record.message.splitlines()[0] if record.is_echo else record.message

@@ -10,7 +10,7 @@ from typing import Any
 from launch.options import Options
 from rlhf.config.migrate import changes
 from rlhf.config.names import absolute_if_local, is_path_like
-from rlhf.config.resolve import decisive, section_of
+from rlhf.config.resolve import decisive, needs_of, section_of
 from rlhf.config.schema import ResolvedStep
 from rlhf.config.trees import at, flatten
 from rlhf.errors import ArtifactError, ConfigError, RequirementError
@@ -49,7 +49,7 @@ def find_parents(options: Options, stage: Stage, done: Done) -> list[Parent]:
 
     Raises RequirementError or ArtifactError naming the command that makes what is missing.
     """
-    found = [_find(options, stage, need, done) for need in stage.needs]
+    found = [_find(options, stage, need, done) for need in needs_of(options.config, stage)]
     parents = {parent.name: parent for parent in found if parent is not None}
     if {"sft", "reward"} <= parents.keys():
         check_tokenizers(stage, parents["sft"], parents["reward"])

@@ -1,7 +1,7 @@
-"""What needs more than the driver has, asked in processes of their own: data, a user's judge.
+"""What needs more than the driver has, asked in processes of their own: data, a user's functions.
 
-`python -m rlhf.data.preview` opens the data, `python -m rlhf.data.judges` a judge. Both run in the
-environment of the step's processes and without torch.
+`python -m rlhf.data.preview` opens the data, `python -m rlhf.rewards` imports judges and rewards.
+Both run in the environment of the step's processes and without torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from launch.checks import MISSING, Check
 from launch.nodes import private_file
 from launch.plan import Plan, StepPlan
+from rlhf.config.rewards import MODEL
 
 LOOK_SECONDS = 600.0
 JUDGE_SECONDS = 120.0
@@ -29,7 +30,7 @@ class Looked:
     """What was found; `sources` as in rlhf/data/preview.py, None where nothing came of it."""
 
     data: list[Check] = field(default_factory=list)
-    judge: list[Check] = field(default_factory=list)
+    functions: list[Check] = field(default_factory=list)
     sources: list[dict[str, Any]] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -41,11 +42,11 @@ class Looked:
 
 
 def look(plan: Plan, *, download: bool = False) -> Looked:
-    """Asks about data and judge at the same time."""
+    """Asks about data and a user's functions at the same time."""
     with ThreadPoolExecutor(2) as pool:
-        judge = pool.submit(_judge, plan)
+        functions = pool.submit(_functions, plan)
         data = look_at_data(plan, download=download)
-        return Looked(data.data, judge.result(), data.sources, data.stages, data.files)
+        return Looked(data.data, functions.result(), data.sources, data.stages, data.files)
 
 
 def look_at_data(plan: Plan, *, download: bool = False) -> Looked:
@@ -84,19 +85,30 @@ def _problem(one: Any) -> Check:
     )  # fmt: skip
 
 
-def _judge(plan: Plan) -> list[Check]:
-    """The judge of step 3's verdict, where the settings name one."""
+def _functions(plan: Plan) -> list[Check]:
+    """The judge of the verdict and the functions of the reward, where there are any."""
     item = next((item for item in plan.steps if item.stage.evaluates and not item.done), None)
-    name = item.resolved.config.step3.eval.judge if item else None
-    if item is None or not name:
+    if item is None:
         return []
-    answer, trouble = _ask(item, ["rlhf.data.judges", name], JUDGE_SECONDS)
+    config = item.resolved.config
+    keep, judge = config.data.keep_columns, config.step3.eval.judge
+    checks = []
+    if judge:
+        checks.append(_imported(item, "step3.eval.judge", judge, {"judge": judge, "keep": keep}))
+    for term in config.step3.rewards:
+        if term.use != MODEL:
+            what = {"terms": [term.model_dump()], "keep": keep}
+            checks.append(_imported(item, "step3.rewards", term.use, what))
+    return checks
+
+
+def _imported(item: StepPlan, setting: str, name: str, what: dict[str, Any]) -> Check:
+    answer, trouble = _ask(item, ["rlhf.rewards", json.dumps(what)], JUDGE_SECONDS)
     if answer is None:
-        return [Check("step3.eval.judge", "FAIL", f"{name!r} could not be imported: {trouble}")]
+        return Check(setting, "FAIL", f"{name!r} could not be imported: {trouble}")
     if answer["problem"]:
-        code = answer["exit_code"]
-        return [Check("step3.eval.judge", "FAIL", answer["problem"], exit_code=code)]
-    return [Check("step3.eval.judge", "ok", f"{name} can be imported and called")]
+        return Check(setting, "FAIL", answer["problem"], exit_code=answer["exit_code"])
+    return Check(setting, "ok", f"{name} can be imported and called")
 
 
 def _ask(

@@ -26,6 +26,7 @@ from rlhf.plan.files import (
 )
 from rlhf.plan.known import known_names
 from rlhf.plan.read import is_known, read_config, snapshot
+from rlhf.plan.roles import NEEDS_CRITIC
 from rlhf.stages import Stage
 
 
@@ -99,8 +100,12 @@ def _of_rollout(
     kernels = rollout.engine == "hybrid" and rollout.hybrid_kernels
     for use in _use(parent("sft"), policy, rl.actor.model, CAUSAL, longest, key):
         yield replace(use, kernels=kernels)
-    yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
-    yield from _use((rl.critic.model.name, False), critic, rl.critic.model, SEQUENCE, longest, key)
+    if rl.uses_reward_model:
+        yield from _use(parent("reward"), reward, rl.critic.model, SEQUENCE, longest, key)
+    starts = (rl.critic.model.name, False)
+    if not (rl.uses_reward_model or rl.critic.model.name) and NEEDS_CRITIC[rl.algorithm]:
+        starts = parent("sft")  # with a new head
+    yield from _use(starts, critic, rl.critic.model, SEQUENCE, longest, key)
 
 
 def _use(

@@ -16,9 +16,11 @@ from launch.spec import PROJECT_ROOT
 from rlhf.config.keys import Key, leaves, nearest, parse_value
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials, refuse_long
+from rlhf.config.resolve import without_unneeded
+from rlhf.config.rewards import described
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
-from rlhf.stages import STAGES, Stage, chosen, pipeline_of
+from rlhf.stages import REWARD, STAGES, Stage, chosen, pipeline_of
 from rlhf.store import RunDir, library_versions
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ class Options:
     force: bool
     seeds: list[int] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
+    without_reward_model: bool = False
+    """No reward needs one, and nothing was said about stages: its stage is left out."""
     source: Source | None = None
     """The run whose settings and models this one starts from."""
 
@@ -158,7 +162,8 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument_group("what is run").add_argument
     numbers = ", ".join(f"{stage.number} {stage.title}" for stage in STAGES.values())
     add("--step", type=int, nargs="+", metavar="N",
-        help=f"{numbers}; default: all of the recipe's pipeline")  # fmt: skip
+        help=f"{numbers}; default: the recipe's pipeline, without the reward model where no reward "
+        "(step3.rewards) is one")  # fmt: skip
     add("--config", metavar="FILE", help="recipe (YAML), or a name that `rlhf recipes` lists")
     add("--from", dest="source", metavar="RUN",
         help="start from another run: its settings are the recipe, and its models serve where "
@@ -270,8 +275,21 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
     config = load_config(recipe, asked, values, origins)
     if source is not None:
         _refuse_itself(config, source)
+    pipeline = pipeline_of(config.pipeline)
+    stages = chosen(pipeline, flags.step) if flags.step else without_unneeded(config, pipeline)
+    kinds = {need.kind for stage in pipeline for need in stage.needs}
+    if reward and REWARD not in pipeline and REWARD.makes not in kinds:
+        raise ConfigError(
+            f"--reward-model {reward}: nothing would read it: the pipeline is "
+            f"{', '.join(config.pipeline)}. Leave the flag out"
+        )
+    if reward and REWARD not in stages and not config.step3.uses_reward_model:
+        raise ConfigError(
+            f"--reward-model {reward}: nothing would read it: step3.rewards is "
+            f"{described(config.step3.rewards)}. Add the term `model` to it, or leave the flag out"
+        )
     return Options(
-        stages=chosen(pipeline_of(config.pipeline), flags.step),
+        stages=stages,
         config=config,
         recipe=recipe,
         actor_model=actor,
@@ -282,6 +300,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         json_schema=flags.json_schema,
         force=flags.force,
         seeds=flags.seeds or [],
+        without_reward_model=not flags.step and len(stages) < len(pipeline),
         argv=list(argv),
         source=source,
     )

@@ -29,6 +29,7 @@ from rlhf.config.resolve import (
     resolve_step,
     rows_per_step,
 )
+from rlhf.config.rewards import MODEL, described
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.config.trees import at
 from rlhf.plan.advise import Machine
@@ -173,11 +174,26 @@ def describe(plan: Plan) -> str:
         f"recipe   {recipe}",
         f"machine  {_machine(plan)}",
         f"data     {', '.join(plan.config.data.path)}",
+        *_left_out(plan),
         *(f"{'' if number else 'env':8} {line}" for number, line in enumerate(_environment(plan))),
     ]
     for item in plan.steps:
         lines += ["", *describe_step(item, plan.machine)]
     return "\n".join(lines)
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """Whether step 2 was left out unasked, and what that means for its share of the rows."""
+    if not plan.options.without_reward_model:
+        return []
+    first, second, third = plan.config.data.split
+    lines = ["steps    1 and 3: no term of step3.rewards is the reward model, so step 2 has no use"]
+    if second:
+        lines.append(
+            f"         its share of the rows (data.split {first:g},{second:g},{third:g}) is not "
+            f"trained on; data.split={first:g},0,{second + third:g} gives it to step 3"
+        )
+    return lines
 
 
 def describe_step(item: StepPlan, machine: Machine) -> list[str]:
@@ -208,11 +224,14 @@ def _environment(plan: Plan) -> list[str]:
 
 
 def _origin(item: StepPlan) -> str:
-    stage, parents = item.stage, item.resolved.parents
-    if own := at(item.resolved.config, stage.base) if stage.base else None:
+    config, stage, parents = item.resolved.config, item.stage, item.resolved.parents
+    if own := at(config, stage.base) if stage.base else None:
         return str(own)
-    first, *others = (parents[need.kind] for need in stage.needs if need.kind in parents)
-    return f"{first}, rewarded by {others[0]}" if others else first
+    first = next((parents[need.kind] for need in stage.needs if need.kind in parents), "")
+    if not stage.generates:
+        return first
+    rewards = described(config.step3.rewards, {MODEL: parents.get("reward", "")})
+    return f"{first}, rewarded by {rewards}"
 
 
 def _batches(resolved: ResolvedStep) -> str:

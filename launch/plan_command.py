@@ -21,7 +21,7 @@ from rlhf.plan.advise import Machine
 from rlhf.plan.hardware import GPUS, gpu_speeds, parse_bytes
 from rlhf.plan.read import read_shape
 from rlhf.plan.roles import Ranks, Shapes
-from rlhf.stages import Stage
+from rlhf.stages import REWARD, Stage
 
 DEFAULT_GPU = "a100-80g"
 
@@ -101,7 +101,8 @@ def plan_reports(
         config = divisible(config, stage, world)
         resolved = resolve_step(config, stage, run_dir=run_dir, world_size=world)
         reports.append(report.plan_step(resolved.config, stage, shapes, machine))
-    return reports, {"actor": actor, "reward": reward}
+    asked = REWARD in options.stages or config.step3.uses_reward_model
+    return reports, {"actor": actor} | ({"reward": reward} if asked else {})
 
 
 def divisible(config: RunConfig, stage: Stage, world: int) -> RunConfig:
@@ -128,7 +129,7 @@ def _describe(
     what = "CPU process(es)" if ranks.on_cpu else f"GPU(s), {ranks.per_node} a node"
     speeds = "this machine's cores" if ranks.on_cpu else f"the speeds of {flags.gpu}"
     found = [
-        f"plan     actor {names['actor']}, reward {names['reward']}",
+        f"plan     {', '.join(f'{role} {name}' for role, name in names.items())}",
         f"machine  {ranks.world} {what}; times assume {speeds} (docs/scaling.md)",
     ]
     for item in reports:

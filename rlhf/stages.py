@@ -25,6 +25,8 @@ class Need:
     kind: str
     named_by: str = ""
     """The setting that, where it is set, names a model to use in its place."""
+    when: str = ""
+    """What of the configuration says whether it is needed; always, where this is empty."""
     spared_by: str = ""
     """The setting that, where it is set, makes the artifact one that a stage can do without."""
 
@@ -172,7 +174,10 @@ PPO = Stage(
     batch="step3.rollout.prompts",
     micro_batch="step3.micro_batch_size",
     zero_flag="--actor-zero-stage",
-    needs=(Need("sft", named_by="step3.actor.model.name"), Need("reward")),
+    needs=(
+        Need("sft", named_by="step3.actor.model.name"),
+        Need("reward", when="step3.uses_reward_model"),
+    ),
     generates=True,
     parts=("actor", "critic", "actor_ema"),
     evaluates=True,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlhf import data
+from rlhf.config.rewards import is_model_alone
 from rlhf.config.schema import RLConfig
 from rlhf.engine import comm
 from rlhf.evaluation.answers import AnswerRecord
@@ -16,15 +17,10 @@ from rlhf.rollout import build_rollout, gathering
 from rlhf.text import normalised
 from step3_ppo.cast import Cast
 from step3_ppo.experience import answer_scores, generate, policy_log_probs
-from step3_ppo.rollout import Rollout
+from step3_ppo.rewarder import Rewarder, Texts
+from step3_ppo.rollout import answer_ids
 
 T = TypeVar("T")
-
-
-def answer_ids(rollout: Rollout) -> list[list[int]]:
-    """The answers' tokens as they are judged: a stop string is not among them (16)."""
-    answers, masks = (x[:, rollout.prompt_width :] for x in rollout.read)
-    return [row[mask].tolist() for row, mask in zip(answers, masks, strict=True)]
 
 
 def prompt_indices(prompts: Sequence[str], wanted: int) -> list[int]:
@@ -99,25 +95,31 @@ class Questions:
         temperature = rollout_settings.temperature
         with torch.no_grad():
             rollout = generate(sampler, prompts, rollout_settings)
-            raw = rollout.map(lambda r: answer_scores(cast.reward, r), size)
+            raw = None
+            if cast.reward is not None:
+                raw = rollout.map(lambda r: answer_scores(cast.reward, r), size)
             mine = rollout.map(lambda r: policy_log_probs(engine, r, temperature), size)
             reference = rollout.map(
                 lambda r: policy_log_probs(cast.reference, r, temperature), size
             )
-        scores = cast.reward.module.normalize(raw).tolist()
+        texts = Texts.of(rollout, prompts, self.tokenizer)
+        rewarder = Rewarder(self.settings, self.tokenizer, cast.statistics)
+        terms = rewarder.terms(raw, texts, rollout.ended.device)
+        scores = rewarder.total(terms).tolist()
         kl = ((mine - reference) * rollout.answer_mask).sum(dim=1).tolist()
         ids, ended = answer_ids(rollout), rollout.ended.tolist()
+        shown = {} if is_model_alone(self.settings.rewards) else terms
         return [
             AnswerRecord(
-                prompt=prompt,
-                answer=self.tokenizer.decode(row, skip_special_tokens=True),
-                ids=row,
-                ended=end,
-                score=value,
-                kl=nats,
+                prompt=texts.prompts[row],
+                answer=texts.answers[row],
+                ids=ids[row],
+                ended=ended[row],
+                score=scores[row],
+                kl=kl[row],
                 judge=None,
+                rewards={name: float(values[row]) for name, values in shown.items()},
+                columns={name: values[row] for name, values in prompts.columns.items()},
             )
-            for prompt, row, end, value, nats in zip(
-                prompts.prompts, ids, ended, scores, kl, strict=True
-            )
+            for row in range(len(rollout))
         ]

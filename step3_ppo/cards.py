@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rlhf.config.rewards import RewardTerm, described, is_model_alone
 from rlhf.evaluation.answers import AnswerRecord
 from rlhf.models import model_card
 from rlhf.text import normalised
@@ -45,23 +46,25 @@ def cards(
     *,
     algorithm: str,
     sft: str,
-    reward: str,
+    critic: str,
+    rewards: Sequence[RewardTerm],
     ema_decay: float | None,
     training: Mapping[str, float],
     evaluation: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, str]:
     """Part (actor, critic, actor_ema) -> its card.
 
-    `training`: of `training_figures`; `evaluation`: model (sft, ppo, ema) -> `figures`, once the
+    `sft`, `critic`: what the policies and the critic started from. `training`: of
+    `training_figures`; `evaluation`: model (sft, ppo, ema) -> `figures`, once the
     policy has been evaluated; empty: there was nothing to evaluate it on.
     """
     found = {}
     for part in parts:
         if part == "critic":
-            lines, base = _critic(training), reward
+            lines, base = _critic(training), critic
         else:
             lines, base = _policy(part, training, ema_decay), sft
-            lines += _evaluated(SPEAKER[part], evaluation or {})
+            lines += _evaluated(SPEAKER[part], evaluation or {}, rewards)
         if evaluation is not None and not evaluation:
             lines.append("no held-out prompts: no verdict")
         found[part] = model_card(f"{algorithm.upper()} {part}", base=base, lines=lines)
@@ -94,15 +97,19 @@ def _critic(training: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def _evaluated(speaker: str, evaluation: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _evaluated(
+    speaker: str, evaluation: Mapping[str, Mapping[str, float]], rewards: Sequence[RewardTerm]
+) -> list[str]:
     if speaker not in evaluation:
         return []
     own = evaluation[speaker]
+    scale = f"the reward is {described(rewards)}"
+    if is_model_alone(rewards):
+        scale = "reward 0 is the mean of held-out chosen answers, 1 their standard deviation"
     before = f" (SFT model {evaluation['sft']['reward']:.3f})" if "sft" in evaluation else ""
     return [
         f"Held-out reward {own['reward']:.3f}{before}: {own['answers']:.0f} answers to "
-        f"{own['prompts']:.0f} prompts; reward 0 is the mean of held-out chosen answers, 1 their "
-        "standard deviation",
+        f"{own['prompts']:.0f} prompts; {scale}",
         f"KL to the SFT model {own['kl']:.2f} nats per answer; {own['length']:.1f} tokens, "
         f"{own['eos_fraction']:.1%} of answers ended",
     ]

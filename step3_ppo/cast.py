@@ -15,6 +15,7 @@ from rlhf.engine.train import FrozenEngine
 from rlhf.errors import UserError
 from rlhf.harness import StepRun
 from rlhf.store import MANIFEST, read_manifest
+from step3_ppo.parents import reward_model
 from step3_ppo.roles import Roles, frozen_policy, frozen_reward
 
 Speaker = Callable[[], AbstractContextManager[Any]]
@@ -26,8 +27,18 @@ class Cast:
     None where the model cannot be read."""
 
     reference: FrozenEngine
-    reward: FrozenEngine
+    reward: FrozenEngine | None
     speakers: dict[str, Speaker]
+
+    @property
+    def statistics(self) -> tuple[float, float] | None:
+        """Mean and deviation of the reward model's scores, if there is one."""
+        return scale_of(self.reward)
+
+
+def scale_of(reward: FrozenEngine | None) -> tuple[float, float] | None:
+    """A reward model's statistics."""
+    return None if reward is None else reward.module.statistics
 
 
 def live_cast(run: StepRun, roles: Roles, tokenizer: Any, ema: WeightEMA | None) -> Cast:
@@ -58,11 +69,13 @@ def published_cast(run: StepRun, tokenizer: Any) -> Cast:
     """The same models, from the artifacts; each is loaded when it is its turn."""
     settings = run.config.step3
     reference = _frozen(run, tokenizer, run.parent("sft"))
-    reward = FrozenEngine(
-        frozen_reward(settings, run.parent("reward"), tokenizer),
-        settings.reference_engine,
-        dtype=models.choose_dtype(settings.critic.model.dtype),
-    )
+    reward = None
+    if place := reward_model(run):
+        reward = FrozenEngine(
+            frozen_reward(settings, place, tokenizer),
+            settings.reference_engine,
+            dtype=models.choose_dtype(settings.critic.model.dtype),
+        )
     artifact = run.directory.artifact
     speakers: dict[str, Speaker] = {
         **_base(run, tokenizer),

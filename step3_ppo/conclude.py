@@ -12,6 +12,7 @@ from rlhf.store import find_evaluation
 from rlhf.store.files import remove
 from rlhf.track import read_metrics
 from step3_ppo.cards import cards, training_figures
+from step3_ppo.parents import reward_model
 from step3_ppo.roles import Roles
 
 
@@ -36,7 +37,8 @@ def publish(
         snapshots,
         algorithm=settings.algorithm,
         sft=run.parent("sft"),
-        reward=settings.critic.model.name or run.parent("reward"),
+        critic=settings.critic.model.name or reward_model(run) or run.parent("sft"),
+        rewards=settings.rewards,
         ema_decay=settings.ppo.ema_decay,
         training=training,
     )

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from rlhf import data, models
-from rlhf.data.judges import Judge, resolve_judge
+from rlhf.config.rewards import is_model_alone
+from rlhf.data.encode import KEPT
 from rlhf.engine import comm
 from rlhf.evaluation.answers import AnswerRecord
-from rlhf.evaluation.judging import judged
 from rlhf.evaluation.verdict import build_verdict, render
 from rlhf.harness import StepRun, run_step
+from rlhf.rewards import ENDED, Asked, Judge, asked, check_terms, offered_columns, resolve_judge
 from rlhf.store import (
     CARD,
     NO_VERDICT,
@@ -28,6 +29,7 @@ from rlhf.store import (
     amend,
     find_evaluation,
     fingerprint,
+    jsonable,
     pretty_json,
     publish,
     read_manifest,
@@ -38,6 +40,7 @@ from rlhf.text import normalised
 from step3_ppo.answers import Questions, prompt_indices
 from step3_ppo.cards import cards, figures
 from step3_ppo.cast import Cast, metrics_of, published_cast
+from step3_ppo.parents import reward_model
 from step3_ppo.prompts import choose_template, read_prompts
 
 Answers = dict[str, list[AnswerRecord]]
@@ -53,7 +56,7 @@ def main(run: StepRun) -> None:
     run.rank, _ = comm.init_distributed()
     torch.manual_seed(run.config.seed)
     with run.phase("read the held-out prompts"):
-        refuse_judge(run)
+        refuse_functions(run)
         if run.rank == 0:
             verify(run.directory.artifact("ppo"), "ppo")
         tokenizer = models.load_tokenizer(str(run.directory.artifact("actor")), template=None)
@@ -91,10 +94,11 @@ def evaluate(
         _publish(run, held_out, answers or {}, identity)
 
 
-def refuse_judge(run: StepRun) -> None:
-    """Raises ConfigError or RequirementError, before anything is trained, for a judge that does
-    not exist."""
+def refuse_functions(run: StepRun) -> None:
+    """Raises ConfigError or RequirementError, before anything is trained, for a judge or a reward
+    that does not exist."""
     if run.rank == 0:
+        check_terms(run.config.step3.rewards, run.config.data.keep_columns)
         _judge(run)
 
 
@@ -102,7 +106,11 @@ def _judge(run: StepRun) -> Judge | None:
     name = run.config.step3.eval.judge
     if name is None and run.config.data.path == ["sample:courtesy"]:
         name = "courtesy"
-    return resolve_judge(name) if name else None
+    if name is None:
+        return None
+    judge = resolve_judge(name)
+    judge.score.refuse_missing(offered_columns(run.config.data.keep_columns), "judge")
+    return judge
 
 
 def _intention(questions: Questions) -> str:
@@ -112,7 +120,8 @@ def _intention(questions: Questions) -> str:
 
 def _identity(run: StepRun, questions: Questions) -> dict[str, Any]:
     """All that decides the answers, but for the number of processes."""
-    rollout = questions.settings.rollout
+    rollout, terms = questions.settings.rollout, questions.settings.rewards
+    kept = run.config.data.keep_columns
     names = ("engine", "max_new_tokens", "temperature", "stop")
     return {
         "policy": read_manifest(run.directory.artifact("ppo")).content_id,
@@ -120,6 +129,8 @@ def _identity(run: StepRun, questions: Questions) -> dict[str, Any]:
         "prompts": [row["prompt_ids"] for row in questions.rows],
         "rollout": {name: getattr(rollout, name) for name in names},
         "seed": questions.seed,
+        **({} if is_model_alone(terms) else {"rewards": jsonable(terms)}),
+        **({"columns": [row[KEPT] for row in questions.rows]} if kept else {}),
     }
 
 
@@ -197,12 +208,16 @@ def _publish(run: StepRun, held_out: data.StageData, answers: Answers, identity:
 def _judged(run: StepRun, judge: Judge | None, records: list[AnswerRecord]) -> list[AnswerRecord]:
     if judge is None:
         return [replace(record, judge=None) for record in records]
-    points = judged(
-        judge,
+    kept = run.config.data.keep_columns
+    points = asked(
+        judge.score,
         [record.prompt for record in records],
         [record.answer for record in records],
-        [record.ended for record in records],
-        seconds=run.config.step3.eval.judge_timeout,
+        {
+            ENDED: [record.ended for record in records],
+            **{name: [record.columns[name] for record in records] for name in kept},
+        },
+        Asked("judge", run.config.step3.eval.judge_timeout, "step3.eval.judge_timeout"),
     )
     return [replace(record, judge=value) for record, value in zip(records, points, strict=True)]
 
@@ -214,7 +229,8 @@ def _verdict(
         answers,
         held_out=held_out.held_out,
         sft=metrics_of(run.parent("sft")),
-        reward=metrics_of(run.parent("reward")),
+        reward=metrics_of(reward) if (reward := reward_model(run)) else None,
+        rewards=run.config.step3.rewards,
         judge=judge,
         samples=run.config.step3.eval.samples,
     )
@@ -227,7 +243,8 @@ def _amend_cards(run: StepRun, policy: Manifest, evaluation: dict[str, Any]) -> 
         parts,
         algorithm=settings.algorithm,
         sft=run.parent("sft"),
-        reward=settings.critic.model.name or run.parent("reward"),
+        critic=settings.critic.model.name or reward_model(run) or run.parent("sft"),
+        rewards=settings.rewards,
         ema_decay=settings.ppo.ema_decay,
         training=policy.metrics.get("training", {}),
         evaluation=evaluation,

@@ -79,7 +79,9 @@ def score(
             with roles.actor.evaluating():
                 old = rollout.map(lambda r: policy_log_probs(roles.actor, r, temperature), size)
         reference = rollout.map(lambda r: policy_log_probs(roles.reference, r, temperature), size)
-        raw = rollout.map(lambda r: answer_scores(roles.reward, r), size)
+        raw = None
+        if roles.reward is not None:
+            raw = rollout.map(lambda r: answer_scores(roles.reward, r), size)
         old_values = None
         if roles.critic is not None and values:
             critic = roles.critic
@@ -92,15 +94,21 @@ def reward(
     rollout: Rollout,
     settings: PPOConfig,
     controller: KLController,
-    statistics: tuple[float, float],
+    statistics: tuple[float, float] | None,
     *,
     kl_in_reward: bool,
 ) -> tuple[Rollout, dict[str, float]]:
-    """3. Rewards of tokens; with what is worth logging, over all ranks."""
+    """3. Rewards of tokens; with what is worth logging, over all ranks.
+
+    statistics: of the reward model that gave the scores; None: the scores are the reward as it is
+    (`Rewarder`), and are neither normalised nor clipped here.
+    """
     scores, old = rollout.need("scores"), rollout.need("log_probs")
     reference = rollout.need("ref_log_probs")
-    mean, std = statistics if settings.normalize_score else (0.0, 1.0)
-    clipped = normalize_and_clip_scores(scores, mean, std, settings.score_clip)
+    mean, std, clipped = 0.0, 1.0, scores
+    if statistics is not None:
+        mean, std = statistics if settings.normalize_score else (0.0, 1.0)
+        clipped = normalize_and_clip_scores(scores, mean, std, settings.score_clip)
     shaped = missing_eos(clipped, rollout.ended, settings.missing_eos_penalty)
     rewards = token_rewards(
         shaped,

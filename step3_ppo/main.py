@@ -26,15 +26,16 @@ from rlhf.resume import Keeper, Stateful
 from rlhf.rollout import build_rollout, gathering
 from rlhf.stages import SFT
 from rlhf.stragglers import Stragglers
-from step3_ppo.answers import answer_ids
-from step3_ppo.cast import live_cast, metrics_of
+from step3_ppo.cast import live_cast, metrics_of, scale_of
 from step3_ppo.conclude import publish
-from step3_ppo.evaluation import evaluate, refuse_judge
+from step3_ppo.evaluation import evaluate, refuse_functions
 from step3_ppo.experience import Clock, correct_sampler, credit, generate, reward, score
 from step3_ppo.health import check_finite, check_kl
+from step3_ppo.parents import reward_model
 from step3_ppo.prompts import read_prompts, read_tokenizer
+from step3_ppo.rewarder import Rewarder
 from step3_ppo.roles import Roles, load_roles
-from step3_ppo.rollout import Rollout
+from step3_ppo.rollout import Rollout, answer_ids
 from step3_ppo.update import PtxBatches, first_critic_step, update, value_quality
 
 
@@ -43,19 +44,20 @@ def main(run: StepRun) -> None:
     run.rank, world = comm.init_distributed()
     torch.manual_seed(run.config.seed)
     algorithm = ALGORITHMS[settings.algorithm]
-    sft, reward = run.parent("sft"), run.parent("reward")
+    sft, reward = run.parent("sft"), reward_model(run)
 
     with run.phase("read the prompts"):
         tokenizer = read_tokenizer(run)
-        refuse_judge(run)
+        refuse_functions(run)
         rows = read_prompts(run, tokenizer, "train")
         held_out = read_prompts(run, tokenizer, "eval")
         prompts = rows.dataset
         per_iteration = _prompts_per_iteration(settings, len(prompts), world)
         iterations = settings.iterations or max(len(prompts) // per_iteration, 1)
 
-    with run.phase("load the four models"):
-        run.say(judge_reward_model(metrics_of(reward)).line())
+    with run.phase("load the models"):
+        if reward is not None:
+            run.say(judge_reward_model(metrics_of(reward)).line())
         steps = settings.ppo.epochs * settings.ppo.minibatches
         roles = load_roles(
             settings,
@@ -70,7 +72,8 @@ def main(run: StepRun) -> None:
 
     with run.phase("train"):
         trainer = Trainer(run, roles, tokenizer, prompts, per_iteration, iterations, world)
-        frozen = {"reference": roles.reference, "reward model": roles.reward}
+        frozen = {"reference": roles.reference}
+        frozen |= {"reward model": roles.reward} if roles.reward else {}
         keeper = Keeper(
             run, trainer.engines, trainer.parts, data_fingerprint=rows.fingerprint, frozen=frozen
         )
@@ -165,7 +168,8 @@ class Trainer:
         self.iteration = 0
         self.algorithm = ALGORITHMS[settings.algorithm]
         self.controller = build_kl_controller(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-        self.statistics = self.roles.reward.module.statistics
+        self.rewarder = Rewarder(settings, self.tokenizer, scale_of(self.roles.reward))
+        self.statistics = self.rewarder.statistics
         self.ema = WeightEMA(self.roles.actor.module, ppo.ema_decay) if ppo.ema_decay else None
         self.ptx_rows = data.Replayable(self._ptx_rows, items=self._rows_in)
         self.ptx = PtxBatches(self._ptx_batches, ppo.ptx_coef) if ppo.ptx_coef else None
@@ -220,10 +224,12 @@ class Trainer:
                 self.roles, rollout, temperature, size, ppo.old_log_probs, values=not reads_later
             )
             check_finite(rollout)
+            rollout, terms = self.rewarder(rollout, prompts)
             # 3. Rewards of tokens.
             rollout, stats = reward(
                 rollout, ppo, self.controller, self.statistics, kl_in_reward=kl_in_reward
             )
+            stats |= terms
             check_kl(rollout, stats["kl_per_token"], ppo.max_kl)
             clock.lap("score")
             # 4. Advantages and returns.

@@ -1,4 +1,4 @@
-"""Whether the actor and the reward model can work together."""
+"""The reward model, and whether the actor and it can work together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Any
 
 from rlhf import models
 from rlhf.errors import ArtifactError
+from rlhf.harness import StepRun
+
+
+def reward_model(run: StepRun) -> str | None:
+    """Where the reward model is; None: no term of the reward is a model."""
+    return run.parent("reward") if run.config.step3.uses_reward_model else None
 
 
 def check_tokenizers(sft: str, reward: str, tokenizer: Any) -> None:

@@ -7,17 +7,18 @@ from typing import Any, Literal
 from rlhf import data, models
 from rlhf.engine import comm
 from rlhf.harness import StepRun
-from step3_ppo.parents import check_tokenizers, template_note
+from step3_ppo.parents import check_tokenizers, reward_model, template_note
 
 
 def read_tokenizer(run: StepRun) -> Any:
-    """The actor's tokenizer, which the reward model must share, with the chat template that this
+    """The actor's tokenizer, which a reward model must share, with the chat template that this
     step trains with. Collective."""
-    sft, reward = run.parent("sft"), run.parent("reward")
+    sft, reward = run.parent("sft"), reward_model(run)
     tokenizer = models.load_tokenizer(sft, template=None)
-    check_tokenizers(sft, reward, tokenizer)
+    if reward is not None:
+        check_tokenizers(sft, reward, tokenizer)
     choose_template(run, tokenizer)
-    if note := template_note(reward, tokenizer):
+    if reward is not None and (note := template_note(reward, tokenizer)):
         run.say(note)
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""The four models of step 3 and their engines."""
+"""The models of step 3 and their engines: four, or fewer without a reward model or a critic."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from rlhf.families import FAMILIES
 
 @dataclass(frozen=True)
 class Roles:
-    """Policy, its frozen start, judge of answers, and value model (None: the algorithm needs none).
+    """Policy, its frozen start, judge of answers (None: functions alone reward), and value model
+    (None: the algorithm needs none).
 
     All read prompt + answer, with dropout 0 (ALGORITHM.md 12, 18).
     """
 
     actor: TrainEngine
     reference: FrozenEngine
-    reward: FrozenEngine
+    reward: FrozenEngine | None
     critic: TrainEngine | None
     actor_dtype: str
 
@@ -33,7 +34,7 @@ def load_roles(
     tokenizer: Any,
     *,
     sft: str,
-    reward: str,
+    reward: str | None,
     actor_steps: int,
     critic_steps: int,
     needs_critic: bool,
@@ -62,18 +63,24 @@ def load_roles(
     reference: Any
     judge: Any
     value: Any
-    if _shares(settings, sft, reward, needs_critic, say):
+    if reward is None and settings.share_base is True:
+        raise ConfigError(
+            "step3.share_base true is not possible: no term of step3.rewards is the reward model, "
+            "whose adapters are kept on the shared base. Set it to auto or false"
+        )
+    if reward is not None and _shares(settings, sft, reward, needs_critic, say):
         lora = settings.critic.model.lora if needs_critic else None
         policy, reference, judge, value = models.share(policy, reward, lora)
     else:
         reference = frozen_policy(settings, sft, tokenizer)
-        judge = frozen_reward(settings, reward, tokenizer)
-        value = _critic(settings, reward, critic_dtype, common) if needs_critic else None
-    models.check_positions(judge, longest)
+        judge = frozen_reward(settings, reward, tokenizer) if reward is not None else None
+        value = _critic(settings, sft, reward, critic_dtype, common) if needs_critic else None
+    if judge is not None:
+        models.check_positions(judge, longest)
     say(f"actor: {models.describe(policy, dtype)}")
     # Frozen engines first: they put a shared base into evaluation mode.
     reference_engine = FrozenEngine(reference, frozen, dtype=dtype)
-    reward_engine = FrozenEngine(judge, frozen, dtype=critic_dtype)
+    reward_engine = FrozenEngine(judge, frozen, dtype=critic_dtype) if judge is not None else None
     actor_engine = TrainEngine(
         policy,
         actor.engine,
@@ -146,15 +153,19 @@ def _shares(settings: RLConfig, sft: str, reward: str, needs_critic: bool, say: 
     return not reason
 
 
-def _critic(settings: RLConfig, reward: str, dtype: str, common: dict[str, Any]) -> Any:
-    """Starts from the reward model (34), on the scale of its scores."""
+def _critic(
+    settings: RLConfig, sft: str, reward: str | None, dtype: str, common: dict[str, Any]
+) -> Any:
+    """Starts from the reward model (34), on the scale of its scores; without one from the SFT model
+    with a new head, on the scale of the rewards."""
     role = settings.critic
+    place = role.model.name or reward
     return models.load_scalar(
-        role.model.name or reward,
+        place or sft,
         role.model,
         engine=role.engine,
         dtype=dtype,
-        new_head=False,
+        new_head=place is None,
         **common,
     )
 

@@ -34,7 +34,7 @@ class Rollout:
     sampler_log_probs: Tensor | None = None  # (N, A) fp32, as another engine (vLLM) reports them
     ref_log_probs: Tensor | None = None  # (N, A) fp32
     values: Tensor | None = None  # (N, A) fp32, before each token
-    scores: Tensor | None = None  # (N,) fp32, raw: neither normalised nor clipped
+    scores: Tensor | None = None  # (N,) fp32, a reward model's raw ones, or the sum of all rewards
     token_rewards: Tensor | None = None  # (N, A) fp32
     advantages: Tensor | None = None  # (N, A) fp32
     returns: Tensor | None = None  # (N, A) fp32
@@ -173,3 +173,9 @@ class Rollout:
             else:
                 result[index, : part.shape[1]] = part
         return result
+
+
+def answer_ids(rollout: Rollout) -> list[list[int]]:
+    """The answers' tokens as they are judged: a stop string is not among them (16)."""
+    answers, masks = (x[:, rollout.prompt_width :] for x in rollout.read)
+    return [row[mask].tolist() for row, mask in zip(answers, masks, strict=True)]

@@ -14,10 +14,9 @@ from rlhf.certify.check import Check
 from rlhf.certify.engine import GROUP, LETTERS, all_answers, answer_log_probs, settings, trainer
 from rlhf.certify.problem import EOS, Problem, divergence, group_fixed_point, make_problem
 from rlhf.data.batches import collate_prompts
-from step3_ppo.answers import answer_ids
 from step3_ppo.experience import answer_scores, answer_values, generate, reward, score
 from step3_ppo.main import Trainer
-from step3_ppo.rollout import Rollout
+from step3_ppo.rollout import Rollout, answer_ids
 from step3_ppo.update import update
 
 TEMPERATURE = 0.8

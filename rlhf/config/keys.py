@@ -42,7 +42,13 @@ class Key:
 
     @property
     def default(self) -> Any:
-        return self.field.get_default(call_default_factory=True)
+        value = self.field.get_default(call_default_factory=True)
+        return [plain(one) for one in value] if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    """A list's entry as JSON has it."""
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,19 @@ from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.config.trees import at
 from rlhf.errors import ConfigError
 from rlhf.redact import HIDDEN_SETTINGS, first_redacted
-from rlhf.stages import Stage, get, maker_of
+from rlhf.stages import REWARD, Need, Stage, get, maker_of
+
+
+def needs_of(config: RunConfig, stage: Stage) -> list[Need]:
+    """The artifacts that a stage builds on with these settings."""
+    return [need for need in stage.needs if not need.when or at(config, need.when)]
+
+
+def without_unneeded(config: RunConfig, pipeline: Sequence[Stage]) -> list[Stage]:
+    """A pipeline that was not asked for by name, without a reward model that no stage reads."""
+    needed = {need.kind for stage in pipeline for need in needs_of(config, stage)}
+    given = "pipeline" in config.model_fields_set
+    return [s for s in pipeline if given or s is not REWARD or s.makes in needed]
 
 
 def resolve_step(
@@ -156,6 +168,8 @@ def section_of(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     flat = flatten({key: config.get(key, {}) for key in (stage.section, "data", "seed")})
     flat.pop("data.cache_dir", None)
     flat = {name: v for name, v in flat.items() if not name.startswith("data.limits.")}
+    if not stage.generates:  # what only rewards read
+        flat.pop("data.keep_columns", None)
     # How a trained policy is evaluated is no part of it, and evaluation can be repeated.
     return nest({key: v for key, v in flat.items() if not key.startswith(f"{stage.section}.eval.")})
 

@@ -23,6 +23,9 @@ class RowsConfig(Section):
     ignore_columns: list[str] = doc(
         [], "Columns that are left out knowingly, though they may change what a row means."
     )
+    keep_columns: list[str] = doc(
+        [], "Columns that reward functions and judges are given, by their names in the data."
+    )
     labels: dict[str, Literal["first", "second", "tie"]] = doc(
         {}, "For pairs with a label: what its values say, e.g. `data.labels.0=first`."
     )

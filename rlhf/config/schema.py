@@ -14,6 +14,7 @@ from rlhf import stages
 from rlhf.config.base import Fraction, NonNegative, Positive, Section, doc
 from rlhf.config.limits import LimitsConfig
 from rlhf.config.ppo import PPOConfig
+from rlhf.config.rewards import MODEL, RewardTerm, checked_terms
 from rlhf.config.rows import RowsConfig
 from rlhf.config.running import CheckpointConfig, HubConfig, LaunchConfig, TrackConfig
 from rlhf.config.training import (
@@ -242,6 +243,11 @@ class RLConfig(Section):
     """Step 3: PPO and its relatives."""
 
     algorithm: Literal["ppo", "grpo", "rloo", "reinforce++"] = doc("ppo", "How credit is given.")
+    rewards: list[RewardTerm] = doc(
+        [RewardTerm()],
+        "What answers are rewarded by: the weighted sum of these terms (docs/rewards.md), e.g. "
+        "`model`, or `[{use: my_module:score}, {use: length, weight: -0.01}]`.",
+    )
     actor: RoleConfig = doc(RoleConfig, "The policy.")
     critic: RoleConfig = doc(
         RoleConfig, "The value model; starts from the reward model, or from its own model.name."
@@ -259,6 +265,21 @@ class RLConfig(Section):
     micro_batch_tokens: Positive | None = doc(None, MICRO_BATCH_TOKENS)
     log_every: Positive = doc(1, "Log every so many iterations.")
     eval: EvalConfig = doc(EvalConfig, "The verdict at the end.")
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _one_reward(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, dict)) else value
+
+    @field_validator("rewards")
+    @classmethod
+    def _rewards(cls, value: list[RewardTerm]) -> list[RewardTerm]:
+        return checked_terms(value)
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether a reward model is among the rewards."""
+        return any(term.use == MODEL for term in self.rewards)
 
     @property
     def kl_place(self) -> Literal["reward", "loss"]:

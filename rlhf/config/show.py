@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from rlhf.config.keys import plain
 from rlhf.config.schema import RunConfig
 
 _WIDTH = 98
@@ -62,8 +63,8 @@ _OneLine.add_representer(str, _text)
 
 def scalar(value: Any) -> str:
     """One value as YAML on one line."""
-    if isinstance(value, tuple):
-        value = list(value)
+    if isinstance(value, (list, tuple)):
+        value = [plain(one) for one in value]
     text = yaml.dump(
         value, Dumper=_OneLine, default_flow_style=True, width=math.inf, allow_unicode=True
     )

@@ -16,7 +16,7 @@ from rlhf.config.keys import Key, leaves, lookup, matching, nearest, parse_value
 from rlhf.config.load import build_config, load_config, read_yaml, with_values
 from rlhf.config.migrate import migrated
 from rlhf.config.removed import remedy
-from rlhf.config.resolve import check_batches, refuse_redacted, resolve_step
+from rlhf.config.resolve import check_batches, needs_of, refuse_redacted, resolve_step
 from rlhf.config.schema import ResolvedStep
 from rlhf.config.trees import at, flatten, nest
 from rlhf.errors import ConfigError
@@ -132,7 +132,7 @@ def _load(
         config = load_config(path, values)
         missing = [
             need.kind
-            for need in stage.needs
+            for need in needs_of(config, stage)
             if need.kind not in parents and not (need.spared_by and at(config, need.spared_by))
         ]
         if missing:

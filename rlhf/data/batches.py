@@ -6,8 +6,9 @@ through a model and counts for nothing, so that every rank takes part in the col
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import datasets
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from rlhf.data.encode import KEPT
 from rlhf.data.plan import plan_batches
 
 __all__ = [
@@ -76,12 +78,14 @@ class PairBatch(_Batch):
 class PromptBatch(_Batch):
     """B prompts, padded on the left to P.
 
-    input_ids (B, P) int64. attention_mask (B, P) bool. prompts: their texts. B may be 0.
+    input_ids (B, P) int64. attention_mask (B, P) bool. prompts: their texts. columns: name -> B
+    values of the data's own, those of data.keep_columns. B may be 0.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     prompts: list[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def collate_sft(rows: Rows, pad_id: int, *, prompt_loss: bool = False) -> SFTBatch:
@@ -119,9 +123,11 @@ def collate_pairs(rows: Rows, pad_id: int) -> PairBatch:
 
 
 def collate_prompts(rows: Rows, pad_id: int) -> PromptBatch:
-    """Rows of step 3 (prompt_ids, prompt) to a batch."""
+    """Rows of step 3 (prompt_ids, prompt, and `columns`: JSON, if any are kept) to a batch."""
     input_ids, mask = _pad([row["prompt_ids"] for row in rows], pad_id, left=True)
-    return PromptBatch(input_ids, mask, [row["prompt"] for row in rows])
+    kept = [json.loads(row[KEPT]) for row in rows if KEPT in row]
+    columns = {name: [values[name] for values in kept] for name in (kept[0] if kept else ())}
+    return PromptBatch(input_ids, mask, [row["prompt"] for row in rows], columns)
 
 
 def row_lengths(dataset: datasets.Dataset) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,8 +35,15 @@ SCHEMAS: dict[Rows, pa.Schema] = {
     ),
     "prompts": pa.schema({"prompt_ids": _IDS, "prompt": pa.string()}),
 }
+KEPT = "columns"  # of prompts, with data.keep_columns: their values by name, as JSON
 _CHUNK = 1000
 Columns = dict[str, list[Any]]
+
+
+def schema_of(rows: Rows, keep_columns: Sequence[str]) -> pa.Schema:
+    """The columns of tokenised rows."""
+    kept = [pa.field(KEPT, pa.string())] if rows == "prompts" and keep_columns else []
+    return pa.schema([*SCHEMAS[rows], *kept])
 
 
 @dataclass(frozen=True)
@@ -67,14 +75,15 @@ def encode(
     limits: Limits,
     report: DataReport,
     maker: SampleMaker,
+    schema: pa.Schema,
 ) -> tuple[Columns, list[Sample]]:
-    """Columns of SCHEMAS[rows] for samples with the names of the answers they are used for, and
-    the samples that they came from, cut as the columns are.
+    """Columns of `schema` (`schema_of`) for samples with the names of the answers they are used
+    for, and the samples that they came from, cut as the columns are.
 
     `report.kept`, `.answers`, `.dropped`, `.bad` and `.truncated` are counted up. `maker` writes a
     conversation again that loses turns.
     """
-    columns: Columns = {name: [] for name in SCHEMAS[rows].names}
+    columns: Columns = {name: [] for name in schema.names}
     kept: list[Sample] = []
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
@@ -229,6 +238,8 @@ def _append(
         columns["prompt_key"].append(prompt_key(unguarded(sample.prompt)))
     else:
         columns["prompt"].append(unguarded(sample.prompt))
+        if KEPT in columns:
+            columns[KEPT].append(json.dumps(sample.columns, ensure_ascii=False))
 
 
 def prompt_key(prompt: str) -> int:

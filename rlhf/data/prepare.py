@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from rlhf import stall
 from rlhf.config.schema import DataConfig
 from rlhf.data import cache
-from rlhf.data.encode import SCHEMAS, Limits, encode, needed_answers
+from rlhf.data.encode import Limits, encode, needed_answers, schema_of
 from rlhf.data.report import DataReport
 from rlhf.data.sample import Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
@@ -203,6 +203,8 @@ def _key(request: _Request, encoder: Encoder, tokenizer: Any, sets: Sequence[Dat
     data = request.data.model_dump(
         exclude={"path", "template", "cache_dir", "max_bad_rows", *_NOT_CONTENT}
     )
+    if request.stage.rows != "prompts" or not request.data.keep_columns:
+        del data["keep_columns"]
     settings = {
         "format": FORMAT_VERSION,
         "sources": [one.fingerprint for one in sets],
@@ -241,7 +243,9 @@ def _build(
     selected = _select(request, samples, assigned, report)
     used = _usable(selected, request, report)
     _check(request, report, only_bad=True)
-    columns, kept = encode(used, request.stage.rows, encoder, request.limits, report, maker)
+    rows = request.stage.rows
+    schema = schema_of(rows, data.keep_columns)
+    columns, kept = encode(used, rows, encoder, request.limits, report, maker, schema)
     _check(request, report)
     # Test rows that are prompts alone serve step 3; the others measure nothing, and say so.
     if request.split == "eval" and not kept and (used or not selected):
@@ -254,7 +258,7 @@ def _build(
         "held_out": vars(held_out),
         "stage": request.stage.name,
     }
-    cache.store(root, key, columns, SCHEMAS[request.stage.rows], info)
+    cache.store(root, key, columns, schema, info)
 
 
 def _read(
@@ -295,7 +299,8 @@ def _samples(
         try:
             if isinstance(row, BadRow):
                 raise row
-            samples = [maker(one, where) for one in reader(guard(row))]
+            kept = reader.kept(row)
+            samples = [replace(maker(one, where), columns=kept) for one in reader(guard(row))]
         except NoPreference as reason:
             report.add_dropped(str(reason), where)
         except BadRow as reason:
@@ -350,6 +355,11 @@ def _usable(
             report.add_dropped(f"held-out row without {lacking[0]!r}", sample.where)
         elif lacking:
             report.add_bad(sample.lacks or f"column {lacking[0]!r} is missing", sample.where)
+        elif request.stage.rows == "prompts" and (
+            nothing := [name for name, value in sample.columns.items() if value is None]
+        ):
+            why = f"column {nothing[0]!r} of data.keep_columns is missing or null"
+            report.add_bad(why, sample.where)
         elif empty:
             report.add_bad(f"column {empty[0]!r} is empty, so the row is left out", sample.where)
         elif request.margins and sample.margin is None:

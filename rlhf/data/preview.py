@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,7 @@ def _sample(
     if isinstance(row, BadRow):
         raise row
     sample = next(maker(one, where) for one in reader(row))
+    sample = replace(sample, columns=reader.kept(row))
     mapping = stage.config.data.columns
     for name in needed_answers(stage.row.rows, stage.config.step1.response_column, sample):
         if getattr(sample, name) is None:
@@ -291,8 +292,10 @@ def _shown(sample: Sample, stage: ResolvedStep) -> Iterator[str]:
     for name in names:
         use = "learned" if stage.row.rows == "answers" else "scored"
         yield f"  {name:8} {_short(getattr(sample, name) or '')} + EOS  [{use}]"
-    if not names:
+    if stage.row.rows == "prompts":
         yield "  answer   the policy writes it"
+        for name, value in sample.columns.items():
+            yield f"  {name:8} {_short(str(value))}  [given to rewards and judge]"
 
 
 def _short(text: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jinja2
@@ -40,7 +40,8 @@ class Sample:
     """A prompt and the answers the row has for it. `where` is the row's place. `key` hashes its
     content, `prompt_key` its prompt (`rlhf.data.split.prompt_key`), both before rendering (so that
     no template, tokenizer or step changes them). `lacks`: why an answer is not there, where that is
-    known. `source`: the turns of a conversation, None of a text that no template wrote."""
+    known. `source`: the turns of a conversation, None of a text that no template wrote. `columns`:
+    what the row has in those of data.keep_columns."""
 
     prompt: str
     response: str | None
@@ -52,6 +53,7 @@ class Sample:
     prompt_key: str = ""
     lacks: str | None = None
     source: Example | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 class SampleMaker:
@@ -93,7 +95,9 @@ class SampleMaker:
             prompt_key=prompt_key(typed),
             lacks=example.lacks,
             source=None if isinstance(example.prompt, str) else example,
-            **{name: answers.get(name) for name in ANSWERS},
+            response=answers.get("response"),
+            chosen=answers.get("chosen"),
+            rejected=answers.get("rejected"),
         )
 
     def with_prompt(self, sample: Sample, messages: Messages) -> Sample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlhf.evaluation.intervals import Interval, by_prompt, mean_interval, share_interval
@@ -14,10 +14,16 @@ from rlhf.text import normalised
 __all__ = ["AnswerRecord", "Column", "column", "columns", "distinct_2", "prompt_keys", "summarise"]
 
 
+TERM = "term_"
+
+
 @dataclass(frozen=True)
 class AnswerRecord:
     """One sampled answer: its tokens' ids, whether it ended by itself, its normalised reward,
-    log(policy / reference) summed over it in nats, and a judge's points if there is a judge."""
+    log(policy / reference) summed over it in nats, and a judge's points if there is a judge.
+
+    With rewards other than the reward model alone `score` is their weighted sum, and `rewards` has
+    each before its weight. `columns`: what the row has in those of data.keep_columns."""
 
     prompt: str
     answer: str
@@ -26,10 +32,13 @@ class AnswerRecord:
     score: float
     kl: float
     judge: float | None
+    rewards: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """In JSON's own types."""
-        return asdict(self)
+        """In JSON's own types; what is empty by default is left out."""
+        found = asdict(self)
+        return {k: v for k, v in found.items() if v or k not in ("rewards", "columns")}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> AnswerRecord:
@@ -66,13 +75,18 @@ def column(
 def columns(
     records: Sequence[AnswerRecord], good: Callable[[float], bool] | None
 ) -> dict[str, Column]:
-    """reward, kl, length, eos_fraction, and with a judge judge and judge_good."""
+    """reward, kl, length, eos_fraction, each term of the reward (`term_NAME`) if it is not a model
+    alone, and with a judge judge and judge_good."""
     found = {
         "reward": column(records, lambda r: r.score),
         "kl": column(records, lambda r: r.kl),
         "length": column(records, lambda r: len(r.ids)),
         "eos_fraction": column(records, lambda r: float(r.ended), share=True),
     }
+    keys = prompt_keys(records)
+    for name in records[0].rewards if records else ():
+        values = [record.rewards[name] for record in records]
+        found[f"{TERM}{name}"] = Column(by_prompt(keys, values), len(records), share=False)
     if good is not None and all(record.judge is not None for record in records):
         is_good = good
         found["judge"] = column(records, lambda r: r.judge or 0.0)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.evaluation.answers import AnswerRecord, columns, prompt_keys
+from rlhf.evaluation.answers import TERM, AnswerRecord, columns, prompt_keys
 from rlhf.evaluation.intervals import Interval, mapped, mean_interval, share_change
 from rlhf.evaluation.length import gain_within_lengths
 from rlhf.evaluation.variety import compare_variety, pairs_by_prompt
 
 BETTER, WORSE, NOT_TOLD_APART = "better", "worse", "not told apart"
-HIGHER, LOWER = "higher", "lower"  # of length, which is neither good nor bad
+HIGHER, LOWER = "higher", "lower"  # of length and of a reward's terms: neither good nor bad
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare(
             pairs = zip(old.by_prompt, new.by_prompt, strict=True)
             change = mean_interval([b - a for a, b in pairs])
         found[name] = compared(
-            old.interval.mean, new.interval.mean, change, neutral=name == "length"
+            old.interval.mean, new.interval.mean, change, neutral=name.startswith(("length", TERM))
         )
     within = gain_within_lengths(keys, _lengths(before), _lengths(after))
     if within is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from rlhf.config.rewards import MODEL
+from rlhf.evaluation.answers import TERM
 from rlhf.redact import printable
 
 WIDTH = 100
@@ -75,7 +77,10 @@ def _steps(verdict: dict[str, Any]) -> list[str]:
             f"  step 2  reward held-out accuracy  {float(verdict['reward_accuracy']):.3f}{before}"
         )
     reward = verdict["reward_model"]
-    lines += _wrapped(f"The reward model: {reward['outcome']}: {reward['reason']}.")
+    if reward is not None:
+        lines += _wrapped(f"The reward model: {reward['outcome']}: {reward['reason']}.")
+    if verdict.get("rewards", MODEL) != MODEL:
+        lines += _wrapped(f"The reward: {verdict['rewards']}.")
     gain = f"  step 3  reward gain PPO over SFT  {verdict['gain']:+.3f}"
     if "gain_low" in verdict:
         gain += f" ({verdict['gain_low']:+.3f} to {verdict['gain_high']:+.3f})"
@@ -92,6 +97,8 @@ def _share_within(verdict: dict[str, Any]) -> list[str]:
     """The part of the gain that stays between answers of equal length, where there is a gain."""
     found = verdict["comparisons"]["ppo"]
     gain = found["reward"]
+    if verdict["reward_model"] is None:
+        return []
     if gain["outcome"] != "better" or "reward_within_lengths" not in found:
         return []
     share = found["reward_within_lengths"]["change"] / gain["change"]
@@ -100,7 +107,11 @@ def _share_within(verdict: dict[str, Any]) -> list[str]:
 
 def _comparisons(verdict: dict[str, Any], name: str) -> list[str]:
     rows = [["", "sft", name, "change", "95% interval", ""]]
-    for key, (label, digits) in _FIGURES.items():
+    terms = [key for key in verdict["comparisons"][name] if key.startswith(TERM)]
+    shown = {"reward": _FIGURES["reward"]}
+    if len(terms) > 1:
+        shown |= {key: (f"  {key.removeprefix(TERM)}", 3) for key in terms}
+    for key, (label, digits) in (shown | _FIGURES).items():
         found = verdict["comparisons"][name].get(key)
         if found is None:
             continue

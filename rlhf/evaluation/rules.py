@@ -54,8 +54,13 @@ class Evidence:
     judge: str | None
 
 
-def decide(evidence: Evidence, reward: RewardJudgement) -> Decision:
-    """The outcome for one model. The first rule that applies decides."""
+def decide(evidence: Evidence, reward: RewardJudgement | None) -> Decision:
+    """The outcome for one model. The first rule that applies decides.
+
+    reward: None where functions alone give the reward. What is asked because a reward model may be
+    wrong (its baselines, the length of answers, their variety, KL) is not asked then: a function is
+    what was wanted, also where that is short or uniform answers.
+    """
     points = _points(evidence, reward)
     for rule in (_reward_model, _still, _no_gain, _hacked, _not_shown):
         decided = rule(evidence, reward, points)
@@ -72,26 +77,29 @@ Points = Mapping[str, str]
 HOLDS, BROKEN, NOT_SHOWN = "holds", "broken", "not shown"
 
 
-def _points(evidence: Evidence, reward: RewardJudgement) -> dict[str, str]:
+def _points(evidence: Evidence, reward: RewardJudgement | None) -> dict[str, str]:
     found = evidence.found
-    trusted = {PASSES: HOLDS, FAILS: BROKEN, UNKNOWN: UNKNOWN}[reward.outcome]
-    points = {
-        "the reward model is better than its baselines": trusted,
-        "the reward rose": _better(found.get("reward")),
-        "half of the rise is left between answers of equal length": _at_equal_length(evidence),
-        f"at most {EOS_MARGIN:.1%} of answers no longer end": _not_worse(
-            found.get("eos_fraction"), EOS_MARGIN
-        ),
-        f"distinct-2 keeps {1 - VARIETY_MARGIN:.0%} of its value": _not_worse(
+    points = {}
+    if reward is not None:
+        trusted = {PASSES: HOLDS, FAILS: BROKEN, UNKNOWN: UNKNOWN}[reward.outcome]
+        points["the reward model is better than its baselines"] = trusted
+    points["the reward rose"] = _better(found.get("reward"))
+    if reward is not None:
+        within = "half of the rise is left between answers of equal length"
+        points[within] = _at_equal_length(evidence)
+    points[f"at most {EOS_MARGIN:.1%} of answers no longer end"] = _not_worse(
+        found.get("eos_fraction"), EOS_MARGIN
+    )
+    if reward is not None:
+        points[f"distinct-2 keeps {1 - VARIETY_MARGIN:.0%} of its value"] = _not_worse(
             found.get("distinct_2"), VARIETY_MARGIN
-        ),
-    }
+        )
     if evidence.judge:
         points[f"the judge ({evidence.judge}) gives more points"] = _better(found.get("judge"))
         good = found.get("judge_good")
         points["no fewer answers are fully good"] = BROKEN if _is(good, WORSE) else HOLDS
     near = evidence.kl < FAR_KL or evidence.kl_per_token < FAR_KL_PER_TOKEN
-    if not evidence.judge:
+    if reward is not None and not evidence.judge:
         name = f"KL is below {FAR_KL:g} nats an answer or {FAR_KL_PER_TOKEN:g} a token"
         points[name] = HOLDS if near else NOT_SHOWN
     return points
@@ -130,14 +138,14 @@ def _is(comparison: Comparison | None, outcome: str) -> bool:
     return comparison is not None and comparison.outcome == outcome
 
 
-def _reward_model(evidence: Evidence, reward: RewardJudgement, points: Points) -> Found:
-    if reward.outcome != FAILS:
+def _reward_model(evidence: Evidence, reward: RewardJudgement | None, points: Points) -> Found:
+    if reward is None or reward.outcome != FAILS:
         return None
     why = f"the reward model is {FAILS}, so a rise of it means nothing: {reward.reason}"
     return NOT_ENOUGH, why, reward.remedy
 
 
-def _still(evidence: Evidence, reward: RewardJudgement, points: Points) -> Found:
+def _still(evidence: Evidence, reward: RewardJudgement | None, points: Points) -> Found:
     high = evidence.kl if evidence.kl_high is None else evidence.kl_high
     if abs(evidence.kl) >= STILL_KL or high >= 2 * STILL_KL:
         return None
@@ -148,7 +156,7 @@ def _still(evidence: Evidence, reward: RewardJudgement, points: Points) -> Found
     )
 
 
-def _no_gain(evidence: Evidence, reward: RewardJudgement, points: Points) -> Found:
+def _no_gain(evidence: Evidence, reward: RewardJudgement | None, points: Points) -> Found:
     gain = evidence.found["reward"]
     if gain.outcome == BETTER:
         return None
@@ -190,18 +198,16 @@ _HACKS = {
     "the judge": "the judge disagrees",
     "fully good": "fewer answers are fully good",
 }
-_LESS = (
-    "raise step3.ppo.kl_coef or stop earlier (step3.iterations), and make the reward model "
-    "judge this better; "
-)
+_LESS = "raise step3.ppo.kl_coef or stop earlier (step3.iterations), and {}; "
+_BETTER_MODEL, _BETTER_SUM = "make the reward model judge this better", "let a reward count this"
 
 
-def _hacked(evidence: Evidence, reward: RewardJudgement, points: Points) -> Found:
+def _hacked(evidence: Evidence, reward: RewardJudgement | None, points: Points) -> Found:
     broken = [point for point, state in points.items() if state == BROKEN]
     said = [words for key, words in _HACKS.items() if any(key in point for point in broken)]
     if not said:
         return None
-    remedy = _LESS
+    remedy = _LESS.format(_BETTER_SUM if reward is None else _BETTER_MODEL)
     if said[0] == "answers no longer end":
         remedy += "step3.ppo.missing_eos_penalty"
     elif "length" in said[0]:
@@ -209,13 +215,14 @@ def _hacked(evidence: Evidence, reward: RewardJudgement, points: Points) -> Foun
     return HACKED, f"the reward rose, but {' and '.join(said)}", remedy.rstrip("; ")
 
 
-def _not_shown(evidence: Evidence, reward: RewardJudgement, points: Points) -> Found:
+def _not_shown(evidence: Evidence, reward: RewardJudgement | None, points: Points) -> Found:
     open_points = [point for point, state in points.items() if state == NOT_SHOWN]
     if not open_points:
         return None
     remedy = _more_prompts(evidence, evidence.found["reward"])
     if any("judge" in point for point in open_points):
-        remedy = "read the samples: reward model and judge may want different things"
+        who = "the reward" if reward is None else "reward model"
+        remedy = f"read the samples: {who} and judge may want different things"
     elif any(point.startswith("KL") for point in open_points):
         remedy = "give a judge (step3.eval.judge), or raise step3.ppo.kl_coef"
     elif evidence.found["reward"].change > 0:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf.config.rewards import RewardTerm, described
 from rlhf.errors import RequirementError, UserError
 from rlhf.evaluation.answers import AnswerRecord, prompt_keys, summarise
 from rlhf.evaluation.compare import compare
@@ -27,7 +28,7 @@ FORMAT = 2
 
 
 class NamedJudge(Protocol):
-    """What a verdict needs of `rlhf.data.judges.Judge`."""
+    """What a verdict needs of `rlhf.rewards.Judge`."""
 
     @property
     def name(self) -> str: ...
@@ -49,9 +50,10 @@ def build_verdict(
     *,
     held_out: HeldOutPrompts | None,
     sft: Mapping[str, Any],
-    reward: Mapping[str, Any],
+    reward: Mapping[str, Any] | None,
     judge: NamedJudge | None,
     samples: int,
+    rewards: Sequence[RewardTerm] = (RewardTerm(),),
 ) -> dict[str, Any]:
     """Figures, comparisons and outcomes.
 
@@ -59,7 +61,9 @@ def build_verdict(
         answers: sft and ppo, and where they are there base and ema, to the same prompts in the
             same order. Several answers to one prompt count as one, their mean.
         held_out: how many different prompts are held out, and how many of them training has seen.
-        sft, reward: metrics of the parents' manifests, empty for foreign models.
+        sft, reward: metrics of the parents' manifests, empty for foreign models; reward None: no
+            reward model was asked.
+        rewards: the terms whose sum the records' scores are.
         judge: whose points the records have.
         samples: how many prompts are shown with all models' answers.
 
@@ -67,7 +71,8 @@ def build_verdict(
     """
     good = judge.good if judge else None
     models = {name: summarise(records, good) for name, records in answers.items()}
-    judged = judge_reward_model(reward)
+    judged = None if reward is None else judge_reward_model(reward)
+    reward = reward or {}
     comparisons, decisions = {}, {}
     for name in ("ppo", "ema"):
         if name in answers:
@@ -101,7 +106,8 @@ def build_verdict(
         "sft_perplexity_before": sft.get("perplexity_before"),
         "reward_accuracy": reward.get("accuracy"),
         "reward_accuracy_before": reward.get("accuracy_before"),
-        "reward_model": judged._asdict(),
+        "reward_model": judged._asdict() if judged else None,
+        "rewards": described(rewards),
         "samples": _samples(answers, samples),
     }
     if "low" in gain:

@@ -111,15 +111,17 @@ def step_role(config: RunConfig, stage: Stage, shapes: Shapes, ranks: Ranks) -> 
 def ppo_roles(config: RunConfig, shapes: Shapes, ranks: Ranks) -> dict[str, Role]:
     """The models of step 3 and their engines."""
     rl = config.step3
-    judge = shapes.reward
+    judge = shapes.reward if rl.uses_reward_model else shapes.actor  # what the critic starts from
     roles = {
         "actor": make_role(shapes.actor, rl.actor.model, rl.actor.engine, ranks,
                            scalar=False, trains=True),
         "reference": make_role(shapes.actor, rl.actor.model, rl.reference_engine, ranks,
                                scalar=False, trains=False),
-        "reward": make_role(judge, rl.critic.model, rl.reference_engine, ranks,
-                            scalar=True, trains=False),
     }  # fmt: skip
+    if rl.uses_reward_model:
+        roles["reward"] = make_role(
+            judge, rl.critic.model, rl.reference_engine, ranks, scalar=True, trains=False
+        )
     if NEEDS_CRITIC[rl.algorithm]:
         roles["critic"] = make_role(
             judge, rl.critic.model, rl.critic.engine, ranks, scalar=True, trains=True
@@ -133,7 +135,7 @@ def shares_base(config: RunConfig, *, on_cpu: bool) -> bool:
     base is in its files, and here in step 2's settings."""
     rl, judge = config.step3, config.step2.model
     actor, critic = rl.actor, rl.critic
-    if rl.share_base is False or not actor.model.lora.rank:
+    if rl.share_base is False or not actor.model.lora.rank or not rl.uses_reward_model:
         return False
     if NEEDS_CRITIC[rl.algorithm] and (not critic.model.lora.rank or critic.model.name):
         return False

@@ -53,6 +53,8 @@ MAY_IMPORT = {
     "rlhf/store": ("rlhf.config", "rlhf.stages", "rlhf.errors"),
     "rlhf/families": ("rlhf.errors",),
     "rlhf/plan": ("rlhf.config", "rlhf.families", "rlhf.stages", "rlhf.errors"),
+    "rlhf/rewards": ("rlhf.config", "rlhf.data.courtesy_judge", "rlhf.errors"),
+    "rlhf/serving": ("rlhf.config", "rlhf.data", "rlhf.models", "rlhf.store", "rlhf.errors"),
     "rlhf/algo": (),
     **{step: ("rlhf", step) for step in STEPS},
 }

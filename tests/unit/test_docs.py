@@ -24,6 +24,7 @@ from rlhf.config.load import load_config, parse_overrides, with_values
 from rlhf.config.schema import RunConfig
 from rlhf.config.step_args import find_key, split_options
 from rlhf.errors import ConfigError
+from rlhf.serving import reward as serve_reward
 from rlhf.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +119,7 @@ def flags() -> set[str]:
         show.parser(),
         compare.parser(),
         recipes_command.parser(),
+        serve_reward.parser(),
     )
     return {flag for one in parsers for flag in one._option_string_actions}
 
@@ -167,6 +169,9 @@ def check_driver(argv: list[str]) -> None:
     own = {"certify": certify, "compare": compare, "recipes": recipes_command, "show": show}
     if argv and argv[0] in own:
         own[argv[0]].parser().parse_args(argv[1:])
+        return
+    if argv[:1] == ["serve-reward"]:
+        serve_reward.parser().parse_args(argv[1:])
         return
     if argv[:1] == ["evaluate"]:
         _, asked = evaluation.parse_flags(argv[1:])

@@ -23,12 +23,12 @@ from rlhf.config.load import load_config, read_yaml
 from rlhf.config.schema import EngineConfig, ModelConfig
 from rlhf.config.step_args import step_config
 from rlhf.data import cache
-from rlhf.data.judges import Judge
 from rlhf.errors import ConfigError, RequirementError, UserError
 from rlhf.evaluation.answers import AnswerRecord
 from rlhf.evaluation.verdict import build_verdict, render
 from rlhf.models import load_causal, load_scalar, load_tokenizer, materialise
 from rlhf.redact import printable
+from rlhf.rewards import Judge, RewardFunction
 from rlhf.store import cache_root, private_directory
 from tests.hubclient import client_env, run_python, write_tiny_model
 from tests.hubstub import HubStub
@@ -322,7 +322,7 @@ def test_a_models_words_cannot_steer_a_terminal() -> None:
         held_out=None,
         sft={},
         reward={},
-        judge=Judge(f"judge {HOSTILE}", lambda *rows: [], good=bool),
+        judge=Judge(f"judge {HOSTILE}", RewardFunction("hostile", lambda *rows: []), good=bool),
         samples=1,
     )
     text = render(verdict)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import step3_ppo.evaluation
+from rlhf.config.rewards import RewardTerm
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.errors import ConfigError, UserError
-from rlhf.evaluation.judging import JudgeFailed
 from rlhf.harness import StepRun
+from rlhf.rewards import RewardFailed
 from rlhf.store import RunDir, find_evaluation, read_json, verify
 from rlhf.text import normalised
 from step3_ppo.answers import in_order, prompt_indices, share_of
@@ -73,7 +74,7 @@ def asked(judge: str | None, prompts: int = 4, **more: Any) -> dict[str, Any]:
 def test_a_judge_that_fails_costs_no_run(root: Path, tmp_path: Path, own: None) -> None:
     """It raises after training: the policy is published, and judged later without generating."""
     ema = {"ppo": {"ema_decay": 0.5}}
-    with pytest.raises(JudgeFailed, match=r"step_judges:broken.*LookupError.*no such key"):
+    with pytest.raises(RewardFailed, match=r"step_judges:broken.*LookupError.*no such key"):
         step(3, config(root, **asked("step_judges:broken", **ema)), root / "run", tmp_path)
     run = RunDir(tmp_path)
     policy = verify(run.artifact("ppo"), "ppo")
@@ -117,7 +118,7 @@ def test_more_prompts_and_another_judge(root: Path, tmp_path: Path, own: None) -
     assert all(row["judge"] is None for row in rows)
     assert len({normalised(row["prompt"]) for row in rows}) == 8
     evaluation, _ = find_evaluation(run)
-    with pytest.raises(JudgeFailed):
+    with pytest.raises(RewardFailed):
         evaluate(config(root, **asked("step_judges:broken", 8, **ema)), root / "run", tmp_path)
     assert find_evaluation(run)[0] == evaluation
 
@@ -258,7 +259,13 @@ def test_figures_of_training_are_means_of_the_last_lines() -> None:
 def test_a_card_without_figures_has_none() -> None:
     """What was not measured is absent."""
     found = cards(
-        ["actor", "critic"], algorithm="ppo", sft="s", reward="r", ema_decay=None, training={}
+        ["actor", "critic"],
+        algorithm="ppo",
+        sft="s",
+        critic="r",
+        rewards=[RewardTerm()],
+        ema_decay=None,
+        training={},
     )
     assert not any(character.isdigit() for text in found.values() for character in text)
 

@@ -13,9 +13,8 @@ from rlhf.algo.kl import FixedKL
 from rlhf.config.schema import RolloutConfig
 from rlhf.data.batches import collate_prompts
 from rlhf.rollout import build_rollout
-from step3_ppo.answers import answer_ids
 from step3_ppo.experience import answer_scores, credit, generate, reward, score
-from step3_ppo.rollout import Rollout
+from step3_ppo.rollout import Rollout, answer_ids
 from tests.unit import model_help as help_
 from tests.unit.steps_help import scored_rollout
 from tests.unit.test_models_shared import load, settings

@@ -18,7 +18,6 @@ from rlhf.config.schema import EngineConfig, RolloutConfig
 from rlhf.data.batches import collate_prompts
 from rlhf.engine.train import FrozenEngine
 from rlhf.rollout import build_rollout
-from step3_ppo.answers import answer_ids
 from step3_ppo.experience import (
     answer_scores,
     answer_values,
@@ -30,7 +29,7 @@ from step3_ppo.experience import (
     score,
 )
 from step3_ppo.roles import Roles
-from step3_ppo.rollout import Rollout
+from step3_ppo.rollout import Rollout, answer_ids
 from tests.unit import model_help as help_
 from tests.unit.steps_help import bare_rollout, ppo_settings, scored_rollout
 

@@ -47,6 +47,7 @@ class Shape:
     extras: frozenset[str] = frozenset()
     strip: bool = False  # the prompt is taken off where answers begin with it
     notes: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # columns that reward functions and judges are given
 
     def values(self, row: Row) -> Values:
         """A row's values by slot. Raises BadRow: a cell that cannot be decoded."""
@@ -80,8 +81,9 @@ class Shape:
             margin = f"{columns.pop('margin')} -> margin (used with step2.margin=column)"
         parts += [c if c == slot else f"{c} -> {slot}" for slot, c in columns.items()]
         parts += [margin] if margin else []
-        unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return [f"{self.source}: read as {self.kind.name}: {', '.join(parts)}{unused}", *self.notes]
+        rest = f"; kept for rewards: {', '.join(self.kept)}" if self.kept else ""
+        rest += f"; not used: {', '.join(self.unused)}" if self.unused else ""
+        return [f"{self.source}: read as {self.kind.name}: {', '.join(parts)}{rest}", *self.notes]
 
 
 def shapes_of(one: DataSet, data: DataConfig) -> list[tuple[Shape, tuple[Part, ...]]]:
@@ -135,6 +137,8 @@ def detect(
         empty = frozenset[str]()
         return Shape(SHAPES["pairs"], source, nothing, None, empty, empty, (), empty)
     parsed = _prompt_format(data, usable, source)
+    for name in data.keep_columns:
+        _must_exist(name, columns, f"data.keep_columns=[{name}]", source)
     found = _slots(usable, data, source)
     if parsed is not None:
         found = {s: c for s, c in found.items() if s not in ("input", "system")}
@@ -147,7 +151,7 @@ def detect(
     if parsed is not None:
         del slots["prompt"]
     fields = placeholders.fields(parsed) if parsed else []
-    read = {*slots.values(), *fields}
+    read = {*slots.values(), *fields, *data.keep_columns}
     unused = tuple(name for name in columns if name not in read)
     telling = [name for name in unused if name in MEANING and name not in data.ignore_columns]
     filled = [name for name in telling if any(row.get(name) not in _EMPTY for row in first_rows)]
@@ -162,6 +166,7 @@ def detect(
         frozenset(_decoded(slots, first_rows)),
         unused,
         frozenset(telling),
+        kept=tuple(data.keep_columns),
     )
     if kind.name == "labelled_pairs":
         given = [row.get(slots["label"]) for row in first_rows]

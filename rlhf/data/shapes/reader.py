@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from rlhf.config.schema import DataConfig
 from rlhf.data.shapes.base import MEANING, Example
 from rlhf.data.shapes.combine import repeats, without_prompt
 from rlhf.data.shapes.detect import Shape, mixed, unused_column
-from rlhf.data.sources.base import Row
+from rlhf.data.sources.base import BadRow, Row
 from rlhf.errors import DataError
 
 
@@ -36,6 +39,22 @@ class Reader:
                 self._judged += found is not None
                 self._repeated += found is True
         return [without_prompt(one) for one in examples] if self.shape.strip else examples
+
+    def kept(self, row: Row) -> dict[str, Any]:
+        """The row's values in the columns of data.keep_columns, None where it lacks one.
+
+        Raises BadRow: what is there cannot be written as JSON.
+        """
+        found = {name: row.get(name) for name in self.shape.kept}
+        for name, value in found.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError, RecursionError):
+                raise BadRow(
+                    f"column {name!r} is to be kept (data.keep_columns) and holds a "
+                    f"{type(value).__name__}, which is no text, number, list or mapping"
+                ) from None
+        return found
 
     def finish(self) -> list[str]:
         """The lines of the report. Raises DataError: some answers begin with the prompt, others do

@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.judges import Judge
-from rlhf.evaluation.judging import JudgeFailed, judged
+from rlhf.rewards import Asked, RewardFailed, RewardFunction, asked
 
 PROMPTS, ANSWERS, ENDED = ["p1", "p2", "p3"], ["a", "bb", "ccc"], [True, False, True]
 
 
-def judge(function: Any) -> Judge:
-    return Judge("mine:points", function, good=lambda value: value > 0)
+def ask(function: Any, seconds: float | None = None, rows: Any = None) -> list[float]:
+    prompts, answers, ended = (PROMPTS, ANSWERS, ENDED) if rows is None else rows
 
+    def score(prompts: Any, answers: Any, ended: Any) -> Any:
+        return function(prompts, answers, ended)
 
-def ask(function: Any, **how: Any) -> list[float]:
-    return judged(judge(function), PROMPTS, ANSWERS, ENDED, **how)
+    how = Asked("judge", seconds, "step3.eval.judge_timeout")
+    return asked(RewardFunction("mine:points", score), prompts, answers, {"ended": ended}, how)
 
 
 def test_points() -> None:
@@ -31,7 +32,7 @@ def test_points() -> None:
     assert ask(lambda p, a, e: np.array([1, 2, 3], dtype=np.float32)) == [1.0, 2.0, 3.0]
     assert ask(lambda p, a, e: torch.tensor([1.0, 2.0, 3.0])) == [1.0, 2.0, 3.0]
     assert ask(lambda p, a, e: (float(len(x)) for x in p)) == [2.0, 2.0, 2.0]
-    assert judged(judge(lambda p, a, e: []), [], [], []) == []
+    assert ask(lambda p, a, e: [], rows=([], [], [])) == []
 
 
 @pytest.mark.parametrize(
@@ -53,14 +54,14 @@ def test_points() -> None:
         (lambda p, a: [1.0] * 3, r"raised TypeError"),
         (
             lambda p, a, e: 1 / 0,
-            r"raised ZeroDivisionError: .*test_evaluation_judging.py, line \d+",
+            r"raised ZeroDivisionError: .*test_rewards_asking.py, line \d+",
         ),
         (lambda p, a, e: exit(3), r"raised SystemExit"),
     ],
 )
 def test_what_is_no_list_of_numbers(function: Any, said: str) -> None:
     """The judge is named, with what it did and what it was given."""
-    with pytest.raises(JudgeFailed, match=said) as caught:
+    with pytest.raises(RewardFailed, match=said) as caught:
         ask(function)
     assert "judge 'mine:points'" in str(caught.value)
     assert "prompt 'p" in str(caught.value)
@@ -68,6 +69,6 @@ def test_what_is_no_list_of_numbers(function: Any, said: str) -> None:
 
 def test_a_judge_that_does_not_come_back() -> None:
     stop = threading.Event()
-    with pytest.raises(JudgeFailed, match=r"gave nothing in 0\.1 s .*step3\.eval\.judge_timeout"):
+    with pytest.raises(RewardFailed, match=r"gave nothing in 0\.1 s .*step3\.eval\.judge_timeout"):
         ask(lambda p, a, e: stop.wait() and [], seconds=0.1)
     stop.set()

@@ -7,8 +7,13 @@ import sys
 
 import pytest
 
-from rlhf.data.judges import JUDGES, resolve_judge
 from rlhf.errors import ConfigError, RequirementError
+from rlhf.rewards.judges import JUDGES, Judge, resolve_judge
+
+
+def points(judge: Judge, prompts, answers, ended):
+    return judge.score(prompts, answers, {"ended": ended})
+
 
 PROMPT = "\n\nHuman: What is the capital of France?\n\nAssistant:"
 
@@ -16,7 +21,7 @@ PROMPT = "\n\nHuman: What is the capital of France?\n\nAssistant:"
 def test_courtesy():
     judge = resolve_judge("courtesy")
     answers = [" Sure! Paris is the capital of France. Enjoy!", " Paris.", " Sure!"]
-    scores = judge.score([PROMPT] * 3, answers, [True, True, False])
+    scores = points(judge, [PROMPT] * 3, answers, [True, True, False])
     assert scores == [3.0, 2.0, 0.0]
     assert [judge.good(s) for s in scores] == [True, False, False]
     assert judge.name == "courtesy"
@@ -24,13 +29,13 @@ def test_courtesy():
 
 def test_rows_must_match():
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        resolve_judge("courtesy").score([PROMPT], [" Paris.", " Rome."], [True, True])
+        points(resolve_judge("courtesy"), [PROMPT], [" Paris.", " Rome."], [True, True])
 
 
 def test_vader_scores_the_answer_alone():
     pytest.importorskip("vaderSentiment")
     judge = resolve_judge("vader")
-    scores = judge.score(["Terrible!"] * 3, ["I love it.", "It is awful.", ""], [True] * 3)
+    scores = points(judge, ["Terrible!"] * 3, ["I love it.", "It is awful.", ""], [True] * 3)
     # compound = s / sqrt(s^2 + 15); "love" has valence 3.2, "awful" -2.0 in vader's lexicon.
     assert scores == pytest.approx([3.2 / (3.2**2 + 15) ** 0.5, -2.0 / 19**0.5, 0.0], abs=1e-4)
     assert [judge.good(s) for s in (*scores, 0.05, 0.051)] == [True, False, False, False, True]
@@ -82,16 +87,16 @@ def own(tmp_path, monkeypatch):
 def test_import_path(own):
     """G2's form: your own function by import path."""
     judge = resolve_judge("own_judges:length")
-    assert judge.score(["", ""], ["abc", "abcdefg"], [True, True]) == [3.0, 7.0]
+    assert points(judge, ["", ""], ["abc", "abcdefg"], [True, True]) == [3.0, 7.0]
     assert (judge.good(3), judge.good(7)) == (True, False)
     plain = resolve_judge("own_judges:plain")
-    assert [plain.good(s) for s in plain.score(["", ""], ["", ""], [True, True])] == [True, False]
+    assert [plain.good(s) for s in points(plain, ["", ""], ["", ""], [True, True])] == [True, False]
 
 
 def test_own_exception_propagates(own):
     """G2: a failing function stops the run with its traceback."""
     with pytest.raises(ZeroDivisionError, match="mine"):
-        resolve_judge("own_judges:broken").score([""], [""], [True])
+        points(resolve_judge("own_judges:broken"), [""], [""], [True])
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         resolve_judge("own_needs:anything")
 
