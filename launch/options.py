@@ -16,11 +16,10 @@ from launch.spec import PROJECT_ROOT
 from rlhf.config.keys import Key, leaves, nearest, parse_value
 from rlhf.config.load import load_config, parse_overrides
 from rlhf.config.names import absolute_if_local, expand_size, refuse_credentials, refuse_long
-from rlhf.config.resolve import without_unneeded
-from rlhf.config.rewards import described
+from rlhf.config.resolve import refuse_unread, without_unneeded
 from rlhf.config.schema import RunConfig
 from rlhf.errors import ConfigError
-from rlhf.stages import REWARD, STAGES, Stage, chosen, pipeline_of
+from rlhf.stages import STAGES, Stage, chosen, pipeline_of
 from rlhf.store import RunDir, library_versions
 
 if TYPE_CHECKING:
@@ -277,17 +276,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str] | None = None)
         _refuse_itself(config, source)
     pipeline = pipeline_of(config.pipeline)
     stages = chosen(pipeline, flags.step) if flags.step else without_unneeded(config, pipeline)
-    kinds = {need.kind for stage in pipeline for need in stage.needs}
-    if reward and REWARD not in pipeline and REWARD.makes not in kinds:
-        raise ConfigError(
-            f"--reward-model {reward}: nothing would read it: the pipeline is "
-            f"{', '.join(config.pipeline)}. Leave the flag out"
-        )
-    if reward and REWARD not in stages and not config.step3.uses_reward_model:
-        raise ConfigError(
-            f"--reward-model {reward}: nothing would read it: step3.rewards is "
-            f"{described(config.step3.rewards)}. Add the term `model` to it, or leave the flag out"
-        )
+    if reward:
+        refuse_unread(reward, config, stages)
     return Options(
         stages=stages,
         config=config,

@@ -10,11 +10,12 @@ from typing import Any
 from rlhf.config.load import MODEL_NAMES, flatten, nest, with_values
 from rlhf.config.migrate import SCHEMA_VERSION
 from rlhf.config.names import absolute_if_local
+from rlhf.config.rewards import described
 from rlhf.config.schema import ResolvedStep, RunConfig
 from rlhf.config.trees import at
 from rlhf.errors import ConfigError
 from rlhf.redact import HIDDEN_SETTINGS, first_redacted
-from rlhf.stages import REWARD, Need, Stage, get, maker_of
+from rlhf.stages import REWARD, Need, Stage, get, maker_of, pipeline_of
 
 
 def needs_of(config: RunConfig, stage: Stage) -> list[Need]:
@@ -27,6 +28,20 @@ def without_unneeded(config: RunConfig, pipeline: Sequence[Stage]) -> list[Stage
     needed = {need.kind for stage in pipeline for need in needs_of(config, stage)}
     given = "pipeline" in config.model_fields_set
     return [s for s in pipeline if given or s is not REWARD or s.makes in needed]
+
+
+def refuse_unread(reward_model: str, config: RunConfig, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError for a --reward-model that no stage would read."""
+    pipeline = pipeline_of(config.pipeline)
+    read = {need.kind for stage in pipeline for need in stage.needs}
+    if REWARD not in pipeline and REWARD.makes not in read:
+        why = f"the pipeline is {', '.join(config.pipeline)}. Leave the flag out"
+    elif REWARD not in stages and not config.step3.uses_reward_model:
+        told = described(config.step3.rewards)
+        why = f"step3.rewards is {told}. Add the term `model` to it, or leave the flag out"
+    else:
+        return
+    raise ConfigError(f"--reward-model {reward_model}: nothing would read it: {why}")
 
 
 def resolve_step(

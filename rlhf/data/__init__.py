@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.data.decision import Template, choose_template, decide_template
 from rlhf.data.plan import Budget, deal, plan_batches, row_order, whole_pass
-from rlhf.data.prepare import HeldOut, StageData, prepare
+from rlhf.data.prepare import StageData, prepare
 from rlhf.data.replay import Replayable
+from rlhf.data.report import HeldOut
 from rlhf.data.texts import texts
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from rlhf import stall
 from rlhf.config.schema import DataConfig
 from rlhf.data import cache
 from rlhf.data.encode import Limits, encode, needed_answers, schema_of
-from rlhf.data.report import DataReport
+from rlhf.data.report import DataReport, HeldOut
 from rlhf.data.sample import Sample, SampleMaker
 from rlhf.data.shapes import Reader, shapes_of
 from rlhf.data.sources import BadRow, DataSet, Part, open_data_sets
@@ -35,27 +35,6 @@ FORMAT_VERSION = 4
 Split = Literal["train", "eval"]
 Guard = Callable[[Row], Row]
 LEFT_OUT = "held-out row whose prompt is trained on"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Of the rows of one `prepare`: their number, the different prompts among them
-    (`rlhf.data.split.prompt_key`), and how many of these prompts occur in training rows of any
-    step; all of them do in a training split."""
-
-    rows: int
-    prompts: int
-    seen: int
-
-    def line(self) -> str:
-        """For printing."""
-        if not self.rows:
-            return "no held-out rows: nothing is measured"
-        seen = "all" if self.seen == self.prompts else self.seen or "none"
-        return (
-            f"{self.rows} held-out rows with {self.prompts} different prompts, {seen} of them seen "
-            "in training"
-        )
 
 
 @dataclass(frozen=True)

@@ -130,3 +130,24 @@ class DataReport:
         bad = {reason: (int(n), list(places)) for reason, (n, places) in values["bad"].items()}
         counters = {name: Counter(values[name]) for name in ("dropped", "truncated")}
         return cls(**{**values, "bad": bad, **counters})
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of the rows of one `prepare`: their number, the different prompts among them
+    (`rlhf.data.split.prompt_key`), and how many of these prompts occur in training rows of any
+    step; all of them do in a training split."""
+
+    rows: int
+    prompts: int
+    seen: int
+
+    def line(self) -> str:
+        """For printing."""
+        if not self.rows:
+            return "no held-out rows: nothing is measured"
+        seen = "all" if self.seen == self.prompts else self.seen or "none"
+        return (
+            f"{self.rows} held-out rows with {self.prompts} different prompts, {seen} of them seen "
+            "in training"
+        )

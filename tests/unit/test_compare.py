@@ -20,6 +20,7 @@ from rlhf.config import load_config
 from rlhf.config.load import parse_overrides
 from rlhf.evaluation.answers import AnswerRecord
 from rlhf.evaluation.verdict import build_verdict
+from rlhf.stages import REWARD, SFT
 from rlhf.store import RunDir, jsonable, publish, read_manifest
 from tests.unit.driver_help import make_artifact
 from train import main
@@ -162,7 +163,7 @@ def test_a_run_that_was_given_its_parents(tmp_path: Path) -> None:
     assert differing(found) == ({}, [])
     assert pair(*found).left_out == {}
     other = make_run(tmp_path / "other", None, parents={"sft": "/gone", "reward": "/gone"})
-    assert differing(sides([str(one.path), str(other.path)]))[1] == [1, 2]
+    assert differing(sides([str(one.path), str(other.path)]))[1] == [SFT, REWARD]
 
 
 def test_the_whole_of_it(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

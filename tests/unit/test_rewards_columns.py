@@ -58,7 +58,7 @@ def test_columns_reach_the_batch(tmp_path: Path) -> None:
 def test_without_them_rows_and_cache_are_as_before(tmp_path: Path) -> None:
     """No column more; and steps 1 and 2 have the same file in the cache with them."""
     plain = prepared(tmp_path, ROWS)
-    assert plain.dataset.column_names == SCHEMAS[3].names
+    assert plain.dataset.column_names == SCHEMAS["prompts"].names
     assert collate_prompts(plain.dataset.to_list(), 0).columns == {}
     first = prepared(tmp_path, ROWS, 1, ignore_columns=["gold"])
     before = sorted((tmp_path / "cache").glob("*.arrow"))

@@ -15,6 +15,7 @@ from rlhf.config.load import load_config, parse_overrides
 from rlhf.errors import ConfigError
 from rlhf.plan.read import read_shape
 from rlhf.plan.roles import Ranks, Shapes, ppo_roles, shares_base
+from rlhf.stages import PPO
 
 FUNCTION = "step3.rewards=json:dumps"
 
@@ -54,7 +55,7 @@ def test_a_reward_model_that_nothing_reads_is_refused() -> None:
 def test_step_3_alone_finds_no_reward_model_missing(tmp_path: Path) -> None:
     asked = ["--output-dir", str(tmp_path), "--step", "3", "--actor-model", "tiny:llama"]
     options = parse_options([*asked, FUNCTION, "--dry-run"], environ={})
-    assert [parent.name for parent in find_parents(options, 3, {})] == ["sft"]
+    assert [parent.name for parent in find_parents(options, PPO, {})] == ["sft"]
 
 
 def test_the_critic_is_checked_as_what_it_starts_from(tmp_path: Path) -> None:

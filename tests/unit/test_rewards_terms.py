@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config.load import load_config, parse_overrides
-from rlhf.config.resolve import parents_of, section_of
+from rlhf.config.resolve import needs_of, section_of
 from rlhf.config.rewards import RewardTerm, described, is_model_alone
 from rlhf.config.show import config_yaml
 from rlhf.errors import ConfigError
 from rlhf.rewards import Asked, RewardFailed, RewardFunction, asked, check_terms, resolve_reward
 from rlhf.rewards.__main__ import problem_with
+from rlhf.stages import PPO, REWARD, SFT
 
 HOW = Asked("reward", 60.0, "timeout of the term in step3.rewards")
 
@@ -245,13 +246,18 @@ def test_all_settings_are_a_recipe_again(tmp_path: Path) -> None:
 def test_what_step_3_builds_on_follows_from_the_rewards() -> None:
     model = load_config(None, {})
     function = load_config(None, parse_overrides(["step3.rewards=m:f"]))
-    assert [parents_of(model, step) for step in (1, 2, 3)] == [(), ("sft",), ("sft", "reward")]
-    assert [parents_of(function, step) for step in (1, 2, 3)] == [(), ("sft",), ("sft",)]
+    kinds = [
+        [[need.kind for need in needs_of(config, stage)] for stage in (SFT, REWARD, PPO)]
+        for config in (model, function)
+    ]
+    assert kinds == [[[], ["sft"], ["sft", "reward"]], [[], ["sft"], ["sft"]]]
 
 
 def test_kept_columns_repeat_step_3_alone() -> None:
     """What only rewards read decides no result of steps 1 and 2."""
     kept = load_config(None, parse_overrides(["data.keep_columns=[a]"])).model_dump(mode="json")
     plain = load_config(None, {}).model_dump(mode="json")
-    same = [json.dumps(section_of(kept, s)) == json.dumps(section_of(plain, s)) for s in (1, 2, 3)]
+    same = [
+        json.dumps(section_of(kept, s)) == json.dumps(section_of(plain, s)) for s in (1, 2, PPO)
+    ]
     assert same == [True, True, False]
