@@ -88,7 +88,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "make a run": {
         TRAIN: "SFT, reward model and PPO: what happens without a verb",
         "recipes": "list, describe and copy recipes",
-        "evaluate": "evaluate a run's policy again: another judge, more prompts, other data",
+        "evaluate": "evaluate a policy again: another judge, more prompts, other data",
     },
     "look at it": {
         "show": "where a run stands, its curves, time, memory and verdict",

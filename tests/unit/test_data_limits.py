@@ -25,6 +25,7 @@ from rlhf.data.sources import open_data_sets
 from rlhf.data.sources.formats import READERS
 from rlhf.data.sources.packed import _Zstandard
 from rlhf.errors import DataError
+from rlhf.stages import SFT
 from tests.unit.data_help import gpt2_like, pair, run, write_jsonl
 
 MB = 10**6
@@ -229,7 +230,7 @@ def test_lines_are_counted_before_a_row_is_made(tmp_path: Path) -> None:
 def test_limits_decide_nothing_else(tmp_path: Path) -> None:
     """They are no part of what a checkpoint or a cache of tokenised rows was made with."""
     low = RunConfig(data=DataConfig(limits=LimitsConfig(rows=10)))
-    assert decisive(low.model_dump(), 1) == decisive(RunConfig().model_dump(), 1)
+    assert decisive(low.model_dump(), SFT) == decisive(RunConfig().model_dump(), SFT)
     path = write_jsonl(tmp_path / "a.jsonl", [pair(i) for i in range(40)])
     caches = []
     for rows in (40, 41):
