@@ -39,6 +39,13 @@ class Comparison:
         return self.low is not None and self.low > bound
 
 
+def number(value: float, form: str) -> str:
+    """A figure as text in one of format's forms; what rounds to 0 has no minus sign."""
+    text = format(value, form)
+    zero = not text.strip("+-0.%")
+    return text.replace("-", "+" if form.startswith("+") else "") if zero else text
+
+
 def compared(before: float, after: float, change: Interval, *, neutral: bool = False) -> Comparison:
     words = (HIGHER, LOWER) if neutral else (BETTER, WORSE)
     outcome = NOT_TOLD_APART

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf.config.rewards import MODEL
 from rlhf.evaluation.answers import TERM
+from rlhf.evaluation.compare import number
 from rlhf.redact import printable
 
 WIDTH = 100
@@ -18,7 +19,7 @@ _FIGURES = {
     "judge_good": ("fully good", 3),
     "eos_fraction": ("answers that end", 3),
     "length": ("length, tokens", 1),
-    "distinct_2": ("distinct-2", 3),
+    "distinct_2": ("distinct-2 at equal size", 3),
 }
 
 
@@ -37,7 +38,13 @@ def render(verdict: dict[str, Any]) -> str:
         lines += ["", f"  prompt: {sample['prompt'].strip()!r}"]
         lines += [f"    {name:>4}: {sample[name]!r}" for name in NAMES if name in sample]
     lines += ["", "  What was asked, in this order (docs/verdict.md):"]
-    marks = {"holds": "ok", "broken": "NO", "not shown": "??", "unknown": "--"}
+    marks = {
+        "holds": "ok",
+        "broken": "NO",
+        "not shown": "??",
+        "unknown": "--",
+        "not told apart": "--",
+    }
     lines += [f"  [{marks[state]}] {point}: {state}" for point, state in decision["points"]]
     # What a model wrote is quoted above, escape sequences and all; names and judges are not.
     return printable("\n".join(lines) + "\n")
@@ -68,29 +75,29 @@ def _steps(verdict: dict[str, Any]) -> list[str]:
     lines = []
     if verdict["sft_perplexity"] is not None:
         before = _before(verdict["sft_perplexity_before"])
-        lines.append(
-            f"  step 1  SFT held-out perplexity   {float(verdict['sft_perplexity']):.3f}{before}"
-        )
+        shown = number(float(verdict["sft_perplexity"]), ".3f")
+        lines.append(f"  step 1  SFT held-out perplexity   {shown}{before}")
     if verdict["reward_accuracy"] is not None:
         before = _before(verdict["reward_accuracy_before"])
-        lines.append(
-            f"  step 2  reward held-out accuracy  {float(verdict['reward_accuracy']):.3f}{before}"
-        )
+        shown = number(float(verdict["reward_accuracy"]), ".3f")
+        lines.append(f"  step 2  reward held-out accuracy  {shown}{before}")
     reward = verdict["reward_model"]
     if reward is not None:
         lines += _wrapped(f"The reward model: {reward['outcome']}: {reward['reason']}.")
     if verdict.get("rewards", MODEL) != MODEL:
         lines += _wrapped(f"The reward: {verdict['rewards']}.")
-    gain = f"  step 3  reward gain PPO over SFT  {verdict['gain']:+.3f}"
+    gain = f"  step 3  reward gain PPO over SFT  {number(verdict['gain'], '+.3f')}"
     if "gain_low" in verdict:
-        gain += f" ({verdict['gain_low']:+.3f} to {verdict['gain_high']:+.3f})"
+        gain += (
+            f" ({number(verdict['gain_low'], '+.3f')} to {number(verdict['gain_high'], '+.3f')})"
+        )
     if "gain_in_sft_std" in verdict:
-        gain += f", {verdict['gain_in_sft_std']:.2f} SFT standard deviations"
+        gain += f", {number(verdict['gain_in_sft_std'], '.2f')} SFT standard deviations"
     return [*lines, gain, *_share_within(verdict)]
 
 
 def _before(value: Any) -> str:
-    return "" if value is None else f"  (before training {float(value):.3f})"
+    return "" if value is None else f"  (before training {number(float(value), '.3f')})"
 
 
 def _share_within(verdict: dict[str, Any]) -> list[str]:
@@ -116,38 +123,46 @@ def _comparisons(verdict: dict[str, Any], name: str) -> list[str]:
         if found is None:
             continue
         change = f"+.{digits}f" if key != "distinct_2" else "+.0%"
-        ends = f"{found['low']:{change}} to {found['high']:{change}}" if "low" in found else "none"
+        ends = "none"
+        if "low" in found:
+            ends = f"{number(found['low'], change)} to {number(found['high'], change)}"
         if key == "judge":
             label = f"judge ({verdict['judge']})"
-        models = [f"{found[when]:.{digits}f}" for when in ("before", "after")]
+        models = [number(found[when], f".{digits}f") for when in ("before", "after")]
         if key == "reward_within_lengths":  # a rise, not a figure of either model
             models = ["", ""]
-        rows.append([label, *models, f"{found['change']:{change}}", ends, found["outcome"]])
+        rows.append([label, *models, number(found["change"], change), ends, found["outcome"]])
     return _aligned(rows)
 
 
 def _models(verdict: dict[str, Any]) -> list[str]:
-    head = ["model", "reward", "KL/answer", "KL/token", "length", "EOS", "distinct-2"]
+    head = ["model", "reward", "KL/answer", "KL/token", "length", "EOS", "distinct-2 of all"]
     judge = any("judge" in m for m in verdict["models"].values())
     rows = [head + (["judge", "fully good"] if judge else [])]
     for name in NAMES:
         if name not in verdict["models"]:
             continue
         m = verdict["models"][name]
-        per_token = f"{m['kl_per_token']:.3f}" if "kl_per_token" in m else ""
+        per_token = f"{number(m['kl_per_token'], '.3f')}" if "kl_per_token" in m else ""
         row = [name, _with_half(m, "reward"), _with_half(m, "kl"), per_token]
-        row += [f"{m['length']:.1f}", f"{m['eos_fraction']:.3f}", f"{m['distinct_2']:.3f}"]
+        row += [
+            f"{number(m['length'], '.1f')}",
+            f"{number(m['eos_fraction'], '.3f')}",
+            f"{number(m['distinct_2'], '.3f')}",
+        ]
         if judge:
-            row += [f"{m[key]:.3f}" if key in m else "" for key in ("judge", "judge_good")]
+            row += [
+                f"{number(m[key], '.3f')}" if key in m else "" for key in ("judge", "judge_good")
+            ]
         rows.append(row)
     return _aligned(rows)
 
 
 def _with_half(figures: dict[str, float], name: str) -> str:
-    text = f"{figures[name]:.2f}"
+    text = f"{number(figures[name], '.2f')}"
     if f"{name}_low" not in figures:
         return text
-    return f"{text} +- {(figures[f'{name}_high'] - figures[f'{name}_low']) / 2:.2f}"
+    return f"{text} +- {(figures[f'{name}_high'] - figures[f'{name}_low']) / 2:z.2f}"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

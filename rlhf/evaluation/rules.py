@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.evaluation.compare import BETTER, HIGHER, LOWER, WORSE, Comparison
+from rlhf.evaluation.compare import (
+    BETTER,
+    HIGHER,
+    LOWER,
+    NOT_TOLD_APART,
+    WORSE,
+    Comparison,
+    number,
+)
 from rlhf.evaluation.reward_model import FAILS, PASSES, UNKNOWN, RewardJudgement
 
 LEARNED, DID_NOT_LEARN = "learned", "did not learn"
@@ -34,7 +42,8 @@ class Decision:
     rule: str
     next: str
     points: dict[str, str]
-    """Point -> holds, broken, not shown; of a reward model also unknown."""
+    """Point -> holds, broken, not shown; of a reward model also unknown, and of fully good
+    answers not told apart: these two stand in no outcome's way."""
 
     def as_json(self) -> dict[str, Any]:
         """The points as pairs: JSON files have their keys sorted, and these have an order."""
@@ -68,7 +77,9 @@ def decide(evidence: Evidence, reward: RewardJudgement | None) -> Decision:
             outcome, why, remedy = decided
             return Decision(outcome, why, remedy, points)
     gain = evidence.found["reward"]
-    why = f"the reward rose by {gain.change:+.3f} ({_ends(gain)}) and every point holds"
+    rest = [f"{point}: {state}" for point, state in points.items() if state != HOLDS]
+    held = f"every other point holds ({'; '.join(rest)})" if rest else "every point holds"
+    why = f"the reward rose by {number(gain.change, '+.3f')} ({_ends(gain)}) and {held}"
     return Decision(LEARNED, why, "look at the samples; the figures say nothing of taste", points)
 
 
@@ -97,7 +108,8 @@ def _points(evidence: Evidence, reward: RewardJudgement | None) -> dict[str, str
     if evidence.judge:
         points[f"the judge ({evidence.judge}) gives more points"] = _better(found.get("judge"))
         good = found.get("judge_good")
-        points["no fewer answers are fully good"] = BROKEN if _is(good, WORSE) else HOLDS
+        known = HOLDS if _is(good, BETTER) else NOT_TOLD_APART
+        points["no fewer answers are fully good"] = BROKEN if _is(good, WORSE) else known
     near = evidence.kl < FAR_KL or evidence.kl_per_token < FAR_KL_PER_TOKEN
     if reward is not None and not evidence.judge:
         name = f"KL is below {FAR_KL:g} nats an answer or {FAR_KL_PER_TOKEN:g} a token"
@@ -142,6 +154,9 @@ def _reward_model(evidence: Evidence, reward: RewardJudgement | None, points: Po
     if reward is None or reward.outcome != FAILS:
         return None
     why = f"the reward model is {FAILS}, so a rise of it means nothing: {reward.reason}"
+    still = _still(evidence, reward, points)
+    if still is not None:
+        return NOT_ENOUGH, f"{why}; and {still[1]}", f"{reward.remedy}; then {still[2]}"
     return NOT_ENOUGH, why, reward.remedy
 
 
@@ -169,12 +184,13 @@ def _no_gain(evidence: Evidence, reward: RewardJudgement | None, points: Points)
     small = SMALL_GAIN * evidence.deviation
     if gain.high < small:
         why = (
-            f"the reward changed by {gain.change:+.3f} ({_ends(gain)}), less than "
+            f"the reward changed by {number(gain.change, '+.3f')} ({_ends(gain)}), less than "
             f"{SMALL_GAIN:g} standard deviations ({small:.3f})"
         )
         raised = "raise step3.actor.optim.learning_rate or step3.iterations, or lower "
         return DID_NOT_LEARN, why, raised + "step3.ppo.kl_coef"
-    why = f"the change of the reward, {gain.change:+.3f} ({_ends(gain)}), is not told apart from 0"
+    change = f"{number(gain.change, '+.3f')} ({_ends(gain)})"
+    why = f"the change of the reward, {change}, is not told apart from 0"
     return NOT_ENOUGH, why, _more_prompts(evidence, gain)
 
 
@@ -233,4 +249,4 @@ def _not_shown(evidence: Evidence, reward: RewardJudgement | None, points: Point
 def _ends(comparison: Comparison) -> str:
     if comparison.low is None or comparison.high is None:
         return "one prompt, no interval"
-    return f"95% interval {comparison.low:+.3f} to {comparison.high:+.3f}"
+    return f"95% interval {number(comparison.low, '+.3f')} to {number(comparison.high, '+.3f')}"

@@ -72,9 +72,23 @@ def choose_way(model: Any, ways: dict[str, Way]) -> Way:
             if name != first:
                 say(f"{type(base).__name__}: answers are {name}, as faster ways do not fit it")
             return way
-    raise ConfigError(
-        f"{type(base).__name__}: over left-padded rows its forward does not give the numbers that "
-        "it gives without pads, so step 3 cannot sample from it or score it: use another model"
+    raise ConfigError(f"{type(base).__name__}: {_why_none(model, ids)}: use another model")
+
+
+def _why_none(model: Any, ids: Tensor) -> str:
+    """Of a model that no way fits: does it read later tokens (XLM as a masked LM), or pads?"""
+    later = ids.clone()
+    later[:, -1] = (later[:, -1] + 1) % (int(ids.max()) + 1)
+    with quiet(model), attention_named(model, "eager"):
+        before, changed = _alone(model, ids)[:, 0], _alone(model, later)[:, 0]
+    if (changed - before).norm() > _ALLOWED * before.norm():
+        return (
+            "a token's prediction changes with the tokens after it (it is no causal language "
+            "model, or its configuration does not say that it is), so it cannot write answers"
+        )
+    return (
+        "over left-padded rows its forward does not give the numbers that it gives without pads, "
+        "so step 3 cannot sample from it or score it"
     )
 
 

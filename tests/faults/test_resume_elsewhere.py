@@ -25,6 +25,7 @@ from tests.unit.ranks_help import two_ranks
 from tests.unit.test_steps_main import config, merge, root, step
 
 __all__ = ["root"]  # a fixture
+pytestmark = pytest.mark.timeout(900)  # on a busy machine two ranks take minutes
 LORA = {"rank": 2}
 
 

@@ -17,7 +17,7 @@ from launch.ports import free_port
 from rlhf.engine import comm
 from tests.unit import model_help as help_
 
-TIMEOUT = 240
+TIMEOUT = 600
 
 
 def two_ranks(module: str, out: Path, *arguments: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -127,6 +128,49 @@ def test_no_run_on_a_bad_reward_model_has_learned() -> None:
     foreign = built(good, reward={})
     assert foreign["outcome"] == "learned"
     assert "[--] the reward model is better than its baselines: unknown" in render(foreign)
+
+
+def test_a_bad_reward_model_and_a_policy_that_did_not_move() -> None:
+    """Both remedies are said: mended pairs alone would leave the policy where it is."""
+    same = answers(Policy())["sft"]
+    coin = GOOD_REWARD | {"accuracy": 0.52, "accuracy_low": 0.47, "accuracy_high": 0.57}
+    decision = built({"sft": same, "ppo": same}, reward=coin)["decisions"]["ppo"]
+    assert decision["outcome"] == "not enough evidence"
+    assert "coin" in decision["rule"]
+    assert "did not move" in decision["rule"]
+    assert "look at the pairs" in decision["next"]
+    assert "raise step3.actor.optim.learning_rate" in decision["next"]
+
+
+def test_fully_good_answers_that_are_not_told_apart() -> None:
+    """It stands in the way of nothing, and it is not said to hold."""
+    models = answers(Policy(gain=1.2, judge_gain=1.2))
+    # Each model's judge points rise, but none is over the border of fully good.
+    low = {
+        name: [replace(r, judge=min(r.judge or 0.0, 0.9)) for r in rows]
+        for name, rows in models.items()
+    }
+    found = built(low)
+    assert found["comparisons"]["ppo"]["judge_good"]["outcome"] == "not told apart"
+    assert found["outcome"] == "learned"
+    point = "no fewer answers are fully good: not told apart"
+    assert f"[--] {point}" in render(found)
+    rule = found["decisions"]["ppo"]["rule"]
+    assert f"and every other point holds ({point})" in rule
+    assert "and every point holds" in built(models)["decisions"]["ppo"]["rule"]
+
+
+def test_no_figure_is_minus_zero() -> None:
+    """KL and changes of less than is printed have no sign; the two distinct-2 have two names."""
+    models = answers(Policy(gain=1.2, judge_gain=1.2))
+    models["sft"] = [replace(r, kl=-1e-9) for r in models["sft"]]
+    models["ema"] = models["sft"]
+    found = built(models)
+    found["gain"] = -1e-9
+    text = render(found)
+    assert not re.search(r"-0\.?0*(?![\d.])", text), text
+    assert "gain PPO over SFT  +0.000" in text
+    assert text.count("distinct-2 at equal size") == text.count("distinct-2 of all") == 1
 
 
 def test_far_from_the_reference() -> None:
