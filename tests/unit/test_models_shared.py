@@ -240,9 +240,9 @@ def test_checkpoints(tmp_path: Path) -> None:
         save_engine(getattr(first, name), tmp_path / name)
     wanted = step(first, 2)
     again = load(True, "llama")
-    load_engine(again.actor, tmp_path / "actor")
+    load_engine(again.actor, tmp_path / "actor", stage=0, world=1)
     before = {n: p.clone() for n, p in again.critic.module.named_parameters()}
     fresh = load(True, "llama").critic.module.named_parameters()
     assert all(torch.equal(before[n], p) for n, p in fresh), "the actor's state touched the critic"
-    load_engine(again.critic, tmp_path / "critic")
+    load_engine(again.critic, tmp_path / "critic", stage=0, world=1)
     assert step(again, 2) == wanted

@@ -347,6 +347,7 @@ CALLS = {
     "pd.read_pickle", "joblib.load",
 }  # fmt: skip
 MODULES = ("tarfile", "zipfile", "shelve", "marshal", "joblib")
+READS_ONE_MEMBER = ("gpu_kit.py", "zipfile")  # a wheel's METADATA; nothing is unpacked
 
 
 def dotted(node: ast.AST) -> str:
@@ -383,7 +384,8 @@ def test_our_code_calls_nothing_that_runs_what_it_reads() -> None:
     ]
     assert wrong == []
     names = [(path, name) for path in paths for _, name in imports(path)]
-    assert [(p.name, n) for p, n in names if n.split(".")[0] in MODULES] == []
+    found = [(p.name, n) for p, n in names if n.split(".")[0] in MODULES]
+    assert [one for one in found if one != READS_ONE_MEMBER] == []
 
 
 @pytest.mark.parametrize(
