@@ -79,7 +79,7 @@ def test_the_first_comment_by_hand() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["tiny_cup"], "Recipes by name: movies_smollm2_cpu, tiny_cpu"),
+        (["tiny_cup"], "Recipes by name: movies_smollm2_cpu, rewards_cpu, tiny_cpu, tiny_dpo_cpu"),
         (["--copy", "x.yaml"], "name the recipe that is copied"),
         (["tiny_cpu", "--jsn"], "Did you mean --json?"),
     ],
